@@ -1,0 +1,60 @@
+"""Argument checks, autocast and layout rules that every op shares. Messages print what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_dtype(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """`x` is floating point and every other tensor has its dtype and device."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype} and x has {x.dtype}; expected the same")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}; expected the same device")
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int | None], meaning: str) -> None:
+    """`tensor` (if given) has the expected shape, None standing for any size; `meaning` names the sizes."""
+    if tensor is None:
+        return
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{op}: {name} has shape {shape}; expected ({wanted}) = {meaning}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast casts the arguments of `conv2d`: float32 and low precisions, never float64."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def is_pixel_major(x: Tensor) -> bool:
+    """True if the channels of each pixel of an (N, C, H, W) tensor lie side by side, as in channels-last
+    tensors and in channel slices of them; the kernels read and write such tensors in place."""
+    return x.shape[1] <= 1 or x.stride(1) == 1
+
+
+def pixel_major(x: Tensor) -> Tensor:
+    """`x` itself if its channels lie side by side, else a channels-last copy."""
+    return x if is_pixel_major(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_pixels(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """A fresh channels-last (N, channels, height, width) tensor."""
+    return torch.empty(
+        (like.shape[0], channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )

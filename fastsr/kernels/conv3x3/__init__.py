@@ -1,0 +1,1 @@
+"""The fused 3x3 convolution."""

@@ -1,0 +1,5 @@
+"""The operators. Each is documented at its own function; `fastsr info` tells which backend runs it here."""
+
+from fastsr.kernels.conv3x3.op import conv3x3
+
+__all__ = ["conv3x3"]
