@@ -125,7 +125,8 @@ def native() -> dict:
         sources += sorted(glob("csrc/cuda/*.cu"))
         named = " ".join(re.findall(r"code=(\w+)", " ".join(architectures)))
         defines += [("FASTSR_CUDA_VERSION", f'"{release[0]}.{release[1]}"'), ("FASTSR_CUDA_ARCHS", f'"{named}"')]
-        flags["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-warn-spills", "-Xcompiler", "-fvisibility=hidden", *architectures]
+        options = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-warn-spills"]
+        flags["nvcc"] = [*options, "-Xcompiler", "-fvisibility=hidden", *architectures]
         static = sorted(root.glob("**/libcudart_static.a"))
         if not static:
             raise SystemExit(f"fastsr: no libcudart_static.a under {root}; install it or set FASTSR_CUDA=0")
@@ -133,6 +134,11 @@ def native() -> dict:
         links += [str(static[0]), "-ldl", "-lrt", "-lpthread"]
 
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            # One folder for object files, whoever starts the build: a second build compiles only what changed.
+            self.build_temp = self.build_temp or str(HERE / "build" / "native")
+            super().finalize_options()
+
         def get_ext_filename(self, name: str) -> str:
             return str(Path(*name.split("."))) + ".so"  # no Python in it: one file for every Python
 
@@ -162,8 +168,7 @@ class Wheel(bdist_wheel):
     """`py3-none-<platform>`: the library uses neither Python's ABI nor a certain torch's."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, platform = super().get_tag()
-        return ("py3", "none", platform)
+        return ("py3", "none", super().get_tag()[2])
 
 
 os.chdir(HERE)

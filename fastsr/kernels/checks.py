@@ -48,6 +48,16 @@ def is_pixel_major(x: Tensor) -> bool:
     return x.shape[1] <= 1 or x.stride(1) == 1
 
 
+def check_pixel_major(op: str, name: str, buffer: Tensor) -> None:
+    """`buffer` can be written in place by a kernel: channels side by side, and no element written twice."""
+    if not is_pixel_major(buffer):
+        raise ValueError(
+            f"{op}: {name} has strides {buffer.stride()}; expected channels side by side (stride 1), as in channels-last tensors"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} has strides {buffer.stride()}; an expanded tensor cannot be written in place")
+
+
 def pixel_major(x: Tensor) -> Tensor:
     """`x` itself if its channels lie side by side, else a channels-last copy."""
     return x if is_pixel_major(x) else x.contiguous(memory_format=torch.channels_last)

@@ -133,8 +133,7 @@ def _check_out(out: Tensor, x: Tensor, shape: tuple[int, ...], needs_grad: bool)
         raise ValueError("conv3x3: out is for inference only; call it under torch.no_grad() or leave out away")
     checks.check_dtype("conv3x3", x, out=out)
     checks.check_shape("conv3x3", "out", out, shape, "the output's shape")
-    if not checks.is_pixel_major(out):
-        raise ValueError(f"conv3x3: out has strides {out.stride()}; expected channels side by side (stride 1), as in channels-last tensors")
+    checks.check_pixel_major("conv3x3", "out", out)
 
 
 def _forward(

@@ -1,0 +1,130 @@
+"""How one call is timed, on a CPU and on a GPU. Every function returns one time in seconds per call.
+
+    wall     CPU: the monotonic clock around each call
+    cold     GPU: device events around each call, the L2 cache overwritten before it
+    warm     GPU: device events around each call, the same inputs again and again
+    graph    GPU: replays of one CUDA graph that holds a call per input set; no launch from Python in between
+
+Events include the gaps in which the GPU waits for the next launch; a graph replay does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsr.bench.case import Call, Inputs
+
+CPU_MODES = ("wall",)
+CUDA_MODES = ("cold", "warm", "graph")
+
+
+def wall(call: Call, sets: Sequence[Inputs], iterations: int) -> list[float]:
+    """Time `iterations` calls that go round the input sets; releasing the answer is not timed."""
+    samples = []
+    for i in range(iterations):
+        inputs = sets[i % len(sets)]
+        start = time.perf_counter()
+        answer = call(*inputs)
+        samples.append(time.perf_counter() - start)
+        del answer
+    return samples
+
+
+def events(call: Call, sets: Sequence[Inputs], iterations: int, cold: bool, cuda: Any = torch.cuda) -> list[float]:
+    """Time calls by device events; `cold` overwrites twice the L2 cache before each."""
+    flush = torch.empty(2 * l2_bytes(cuda), dtype=torch.uint8, device="cuda") if cold else None
+    starts = [cuda.Event(enable_timing=True) for _ in range(iterations)]
+    ends = [cuda.Event(enable_timing=True) for _ in range(iterations)]
+    for i in range(iterations):
+        inputs = sets[i % len(sets)] if cold else sets[0]
+        if flush is not None:
+            flush.zero_()
+        starts[i].record()
+        answer = call(*inputs)
+        ends[i].record()
+        del answer
+    cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
+
+
+class Graph:
+    """A CUDA graph that holds one call for each input set."""
+
+    def __init__(self, call: Call, sets: Sequence[Inputs], cuda: Any = torch.cuda) -> None:
+        self._cuda, self._calls = cuda, len(sets)
+        # Lazy initialisation (handles, module loads, autotuning) is not allowed during capture: it happens before.
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            for inputs in sets:
+                call(*inputs)
+        cuda.current_stream().wait_stream(side)
+        cuda.synchronize()
+        self._graph = cuda.CUDAGraph()
+        with cuda.graph(self._graph):
+            self.answers = [call(*inputs) for inputs in sets]
+
+    def replay(self) -> None:
+        """Run the captured calls again on what the input sets hold now."""
+        self._graph.replay()
+
+    def times(self, iterations: int) -> list[float]:
+        """The mean time of a call, for each of `iterations` replays."""
+        starts = [self._cuda.Event(enable_timing=True) for _ in range(iterations)]
+        ends = [self._cuda.Event(enable_timing=True) for _ in range(iterations)]
+        self.replay()
+        for start, end in zip(starts, ends, strict=True):
+            start.record()
+            self.replay()
+            end.record()
+        self._cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / self._calls for start, end in zip(starts, ends, strict=True)]
+
+
+def l2_bytes(cuda: Any = torch.cuda) -> int:
+    """The L2 cache of the current GPU; 64 MiB where torch does not tell."""
+    return int(getattr(cuda.get_device_properties(cuda.current_device()), "L2_cache_size", 0)) or 64 << 20
+
+
+@contextlib.contextmanager
+def page_faults() -> Iterator[dict[str, int]]:
+    """Counts the page faults of this process inside the block."""
+    counts: dict[str, int] = {}
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    yield counts
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    counts["minor"] = after.ru_minflt - before.ru_minflt
+    counts["major"] = after.ru_majflt - before.ru_majflt
+
+
+def peak_memory(run: Callable[[], Any], device: str) -> int:
+    """Bytes by which `run` raises the memory in use at its highest point: the allocator's on a GPU, resident on a CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Writing 5 resets the high-water mark (proc(5)); where that is forbidden only a new maximum shows.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """A memory figure of this process in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

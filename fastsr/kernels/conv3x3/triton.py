@@ -1,0 +1,349 @@
+"""The fused 3x3 convolution as an implicit GEMM in Triton.
+
+    grid.x = images * tile rows * tile columns * ceil(O / BLOCK_N), output channels fastest
+
+          u, the (upsampled) input             taps of the weight              a program's accumulators
+          w0-1          w0+TILE_W                 [9, C, O]                     BLOCK_N channels
+    h0-1  +-----------------+                 +-------------+                +-------------+
+          | . . . . . . . . |   9 shifted     | tap 0       |   tl.dot       | pixel h0,w0 |
+          | . +---------+ . |   windows of    |  BLOCK_K x  |  ------->      |             |
+          | . | pixels  | . |   TILE_H x      |  BLOCK_N    |   float32      | TILE_H x    |
+          | . +---------+ . |   TILE_W pixels |    ...      |                | TILE_W rows |
+          | . . . . . . . . |   x BLOCK_K     | tap 8       |                |             |
+          +-----------------+                 +-------------+                +-------------+
+
+One loop of 9 * ceil(C / BLOCK_K) steps: each loads a window of x (pixels outside the image read as 0) and a tile of the
+weight, and multiplies. The order of summation depends on C alone, never on the image's size or a pixel's place in it.
+
+Lives in   registers: the accumulators    shared memory: num_stages windows and weight tiles    L2: x, read 9 times
+Moves      from L2, per step: (BLOCK_M + BLOCK_N) * BLOCK_K elements for 2 * BLOCK_M * BLOCK_N * BLOCK_K operations
+           from DRAM: x once plus the halo ((TILE_H + 2)(TILE_W + 2) / BLOCK_M = 1.41 for 8 x 16, mostly L2 hits), y once
+Limit      the re-reading of x through L2, below the tensor cores' rate wherever O is small. Operations per L2 byte, 2-byte types:
+
+               BLOCK_M x BLOCK_N    128 x 16    128 x 32    128 x 64    256 x 64    128 x 128
+               operations / byte        14.2        25.6        42.7        51.2         64.0
+
+@RESOURCES@
+
+Predicted for 64 -> 64 channels, bf16: a quarter to a third of the tensor peak. Speed: not measured yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsr.kernels.triton_support import FAMILIES, AotCase, current_device, dots_are_float32, family, pixel_strides, precision, stride_unit
+
+SIZES = ("H", "W", "x_n", "x_h", "x_w", "out_n", "out_h", "out_w", "residual_n", "residual_h", "residual_w")
+OUTER = ("mask_n", "mask_h", "mask_w", "outer_n", "outer_h", "outer_w")
+
+
+@triton.jit
+def pixel_offsets(n, h, w, stride_n, stride_h, stride_w, UNIT: tl.constexpr):
+    """64-bit offsets of pixels in a tensor whose strides are given in UNIT elements."""
+    return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * UNIT
+
+
+# Sizes and strides are not specialised: a new image size must not compile anew.
+@triton.jit(do_not_specialize=[*SIZES, *OUTER])
+def conv3x3_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,  # [9, C, O], both padded with zeros to whole blocks
+    bias_ptr,  # this pointer and the next three may be None
+    residual_ptr,
+    mask_ptr,
+    outer_ptr,
+    H,  # of the convolution's output, before PixelShuffle
+    W,
+    x_n,
+    x_h,
+    x_w,
+    out_n,
+    out_h,
+    out_w,
+    residual_n,
+    residual_h,
+    residual_w,
+    mask_n,
+    mask_h,
+    mask_w,
+    outer_n,
+    outer_h,
+    outer_w,
+    slope,
+    scale,
+    outer_scale,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "none", "relu" or "leaky_relu"
+    UPSAMPLE: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    DOT_FLOAT32: tl.constexpr,
+):
+    """out = outer_scale * (scale * f(conv(x) + bias) + residual) + outer, f an activation or a multiplication by mask > 0 ? 1 : slope."""
+    BLOCK_M: tl.constexpr = TILE_H * TILE_W
+    K_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    N_BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+
+    tile = tl.program_id(0)
+    block = tile % N_BLOCKS
+    tile = tile // N_BLOCKS
+    tiles_w = tl.cdiv(W, TILE_W)
+    tiles_h = tl.cdiv(H, TILE_H)
+    n = tile // (tiles_w * tiles_h)
+    m = tl.arange(0, BLOCK_M)
+    h = (tile // tiles_w) % tiles_h * TILE_H + m // TILE_W
+    w = tile % tiles_w * TILE_W + m % TILE_W
+    o = block * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(9 * K_STEPS):
+        tap = step // K_STEPS
+        c = step % K_STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap_h = h + tap // 3 - 1
+        tap_w = w + tap % 3 - 1
+        inside = ((tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W))[:, None]
+        if C % BLOCK_K != 0:
+            inside = inside & (c < C)[None, :]
+        pixels = pixel_offsets(n, tap_h // UPSAMPLE, tap_w // UPSAMPLE, x_n, x_h, x_w, X_UNIT)
+        window = tl.load(x_ptr + pixels[:, None] + c[None, :], mask=inside, other=0.0)
+        rows = tap * (K_STEPS * BLOCK_K) + c
+        taps = tl.load(weight_ptr + rows[:, None].to(tl.int64) * (N_BLOCKS * BLOCK_N) + o[None, :])
+        if DOT_FLOAT32:
+            window = window.to(tl.float32)
+            taps = taps.to(tl.float32)
+        accumulator = tl.dot(window, taps, accumulator, input_precision=PRECISION)
+
+    # The packed weight orders channels as (i, j, channel), so that the channels of one shuffled pixel lie side by side.
+    CHANNELS: tl.constexpr = O // (SHUFFLE * SHUFFLE)
+    place = o // CHANNELS
+    y_h = h[:, None] * SHUFFLE + (place // SHUFFLE)[None, :]
+    y_w = w[:, None] * SHUFFLE + (place % SHUFFLE)[None, :]
+    channel = (o % CHANNELS)[None, :]
+    stored = ((h < H) & (w < W))[:, None] & (o < O)[None, :]
+
+    y = accumulator
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    if mask_ptr is not None:
+        mask_pixels = pixel_offsets(n, y_h, y_w, mask_n, mask_h, mask_w, Y_UNIT)
+        sign = tl.load(mask_ptr + mask_pixels + channel, mask=stored, other=0.0)
+        y = tl.where(sign > 0, y, y * slope)
+    elif ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN, and -inf gives 0
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(y > 0, y, y * slope)
+    y *= scale
+    if residual_ptr is not None:
+        residual_pixels = pixel_offsets(n, y_h, y_w, residual_n, residual_h, residual_w, Y_UNIT)
+        y += tl.load(residual_ptr + residual_pixels + channel, mask=stored, other=0.0).to(tl.float32)
+    if outer_ptr is not None:
+        outer_pixels = pixel_offsets(n, y_h, y_w, outer_n, outer_h, outer_w, Y_UNIT)
+        y = y * outer_scale + tl.load(outer_ptr + outer_pixels + channel, mask=stored, other=0.0).to(tl.float32)
+    out_pixels = pixel_offsets(n, y_h, y_w, out_n, out_h, out_w, Y_UNIT)
+    tl.store(out_ptr + out_pixels + channel, y.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and schedule of one program."""
+
+    tile_h: int
+    tile_w: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+#: (family, precision) -> (largest O served, tile_h, tile_w, block_n, largest block_k, num_warps, num_stages), first match from the top.
+TILES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {}
+for _family in ("sm_80", "sm_90", "sm_100"):
+    TILES[_family, "half"] = ((16, 8, 16, 16, 64, 4, 4), (32, 8, 16, 32, 64, 4, 4), (64, 8, 16, 64, 64, 4, 3), (1 << 30, 8, 16, 128, 64, 8, 3))
+    TILES[_family, "tf32"] = ((16, 8, 16, 16, 32, 4, 4), (32, 8, 16, 32, 32, 4, 4), (64, 8, 16, 64, 32, 4, 3), (1 << 30, 8, 16, 128, 32, 8, 3))
+    TILES[_family, "ieee"] = ((16, 8, 16, 16, 16, 4, 3), (32, 8, 16, 32, 16, 4, 3), (1 << 30, 8, 16, 64, 16, 8, 3))
+TILES["gfx942", "half"] = ((16, 8, 16, 16, 64, 4, 2), (32, 8, 16, 32, 64, 4, 2), (64, 8, 16, 64, 64, 4, 2), (1 << 30, 8, 16, 128, 64, 8, 2))
+TILES["gfx942", "ieee"] = ((16, 8, 16, 16, 16, 4, 2), (32, 8, 16, 32, 16, 4, 2), (1 << 30, 8, 16, 64, 16, 4, 2))
+
+
+def config(gpu: str, mode: str, c: int, o: int) -> Config:
+    """The frozen choice for `c` input and `o` output channels; the image's size has no say, so that strips of it give the same values."""
+    _, tile_h, tile_w, block_n, block_k, num_warps, num_stages = next(row for row in TILES[gpu, mode] if o <= row[0])
+    # The largest power of two, at least tl.dot's 16, that wastes no channel: 96 takes three steps of 32, not two of 64.
+    while block_k > 16 and c % block_k:
+        block_k //= 2
+    return Config(tile_h, tile_w, block_n, block_k, num_warps, num_stages)
+
+
+def pack(weight: Tensor, chosen: Config, shuffle: int) -> Tensor:
+    """(O, C, 3, 3) as [9, C, O] with C and O padded by zeros to whole blocks, channels in the order of `shuffle_order`."""
+    o, c = weight.shape[:2]
+    rows, columns = (triton.cdiv(size, block) * block for size, block in ((c, chosen.block_k), (o, chosen.block_n)))
+    packed = (weight.new_empty if (rows, columns) == (c, o) else weight.new_zeros)((9, rows, columns))
+    packed.view(3, 3, rows, columns)[:, :, :c, :o] = shuffle_order(weight, shuffle).permute(2, 3, 1, 0)
+    return packed
+
+
+def shuffle_order(parameter: Tensor, shuffle: int) -> Tensor:
+    """Reorder dimension 0 from PixelShuffle's (channel, i, j) to (i, j, channel)."""
+    if shuffle == 1:
+        return parameter
+    return parameter.unflatten(0, (-1, shuffle * shuffle)).transpose(0, 1).flatten(0, 1)
+
+
+def launch(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    negative_slope: float = 1.0,
+    scale: float = 1.0,
+    upsample: int = 1,
+    pixel_shuffle: int = 1,
+    mask: Tensor | None = None,
+    outer: Tensor | None = None,
+    outer_scale: float = 1.0,
+) -> None:
+    """Write steps 1-5 of `fastsr.ops.conv3x3` into `out`; x and all tensors of out's shape are pixel-major.
+
+    With `mask`, of out's shape, the activation gives way to its derivative: v where mask > 0, else negative_slope * v.
+    With `outer`, of out's shape, what is written is outer_scale * y + outer.
+    """
+    n, c, h, w = x.shape
+    o = weight.shape[0]
+    h, w = h * upsample, w * upsample
+    gpu, mode = family(x.device), precision(x)
+    chosen = config(gpu, mode, c, o)
+    x_unit, y_unit = stride_unit(x), stride_unit(out, residual, mask, outer)
+    programs = n * triton.cdiv(h, chosen.tile_h) * triton.cdiv(w, chosen.tile_w) * triton.cdiv(o, chosen.block_n)
+    with current_device(x):
+        conv3x3_kernel[(programs,)](
+            out,
+            x,
+            pack(weight, chosen, pixel_shuffle),
+            None if bias is None else shuffle_order(bias, pixel_shuffle).contiguous(),
+            residual,
+            mask,
+            outer,
+            h,
+            w,
+            *pixel_strides(x, x_unit),
+            *(stride for tensor in (out, residual, mask, outer) for stride in pixel_strides(tensor, y_unit)),
+            negative_slope,
+            scale,
+            outer_scale,
+            **constants(chosen, mode, c, o, negative_slope, upsample, pixel_shuffle, x_unit, y_unit),
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+
+
+def constants(
+    chosen: Config, mode: str, c: int, o: int, negative_slope: float, upsample: int, shuffle: int, x_unit: int, y_unit: int
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    return {
+        "C": c,
+        "O": o,
+        "ACTIVATION": {1.0: "none", 0.0: "relu"}.get(negative_slope, "leaky_relu"),
+        "UPSAMPLE": upsample,
+        "SHUFFLE": shuffle,
+        "X_UNIT": x_unit,
+        "Y_UNIT": y_unit,
+        "TILE_H": chosen.tile_h,
+        "TILE_W": chosen.tile_w,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+        "PRECISION": "tf32" if mode == "tf32" else "ieee",
+        "DOT_FLOAT32": dots_are_float32(),
+    }
+
+
+# Opaque to torch.compile: Triton's own tracing fails under the interpreter, and re-reads what `launch` decides.
+@torch.library.custom_op("fastsr::triton_conv3x3", mutates_args=("out",))
+def _conv3x3(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    negative_slope: float,
+    scale: float,
+    upsample: int,
+    pixel_shuffle: int,
+) -> None:
+    launch(
+        out, x, weight, bias, residual, negative_slope=negative_slope, scale=scale, upsample=upsample, pixel_shuffle=pixel_shuffle
+    )
+
+
+@_conv3x3.register_fake
+def _(out, x, weight, bias, residual, negative_slope, scale, upsample, pixel_shuffle):  # type: ignore[no-untyped-def]
+    return None
+
+
+def conv3x3_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    negative_slope: float,
+    scale: float,
+    upsample: int,
+    pixel_shuffle: int,
+) -> None:
+    """Write steps 1-5 of `fastsr.ops.conv3x3` into `out`; x, residual and out are pixel-major."""
+    _conv3x3(out, x, weight, bias, residual, negative_slope, scale, upsample, pixel_shuffle)
+
+
+#: Layers that between them reach every line of the table and every block_k: (C, O, upsample, shuffle, masked and with both skips).
+LAYERS = ((3, 64, 1, 1, False), (64, 32, 1, 1, False), (96, 32, 1, 1, True), (64, 64, 2, 1, False), (64, 256, 1, 2, False), (64, 3, 1, 1, False))
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every line of the table with every dtype that it serves."""
+    for gpu, mode in TILES:
+        for dtype in ("bf16", "fp16") if mode == "half" else ("fp32",):
+            for c, o, upsample, shuffle, full in LAYERS:
+                yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
+
+
+def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, full: bool) -> AotCase:
+    """One layer; `full` adds the backward's mask and both skips."""
+    assert gpu in FAMILIES
+    chosen = config(gpu, mode, c, o)
+    pointers = ["out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "residual_ptr"] + (["mask_ptr", "outer_ptr"] if full else [])
+    absent = {} if full else {"mask_ptr": None, "outer_ptr": None}
+    # An RGB image's pixels are 3 elements apart, which is no multiple of 16 bytes.
+    unit = 4 if dtype == "fp32" else 8
+    x_unit, y_unit = (unit if channels % unit == 0 else 1 for channels in (c, o))
+    signature = dict.fromkeys(pointers, "*" + dtype) | dict.fromkeys((*SIZES, *OUTER), "i32")
+    signature |= dict.fromkeys(("slope", "scale", "outer_scale"), "fp32")
+    return AotCase(
+        name=f"conv3x3-{gpu}-{mode}-{dtype}-{c}-{o}" + ("-full" if full else ""),
+        family=gpu,
+        kernel=conv3x3_kernel,
+        signature=signature,
+        constants=absent | constants(chosen, mode, c, o, 0.2, upsample, shuffle, x_unit, y_unit),
+        aligned=tuple(pointers),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )

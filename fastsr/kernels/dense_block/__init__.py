@@ -1,0 +1,1 @@
+"""The residual dense block of ESRGAN."""

@@ -1,0 +1,90 @@
+"""What every Triton kernel of the package shares: its GPU family, precision, strides and ahead-of-time cases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsr.backends import triton_interpreted
+
+#: The families that the configuration tables distinguish: tensor cores of sm_80 to sm_89, wgmma of sm_90, tcgen05 of sm_100 and later, matrix cores of AMD.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+#: Shared memory that one block may own, in bytes (sm_86, sm_89 and sm_120 hold 101,376, so tables of "sm_80" stay below that).
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+def family(device: torch.device) -> str:
+    """The row of the configuration tables that serves `device`; the interpreter takes that of sm_80."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # sm_120 has neither wgmma nor tcgen05, and the shared memory of sm_86.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+def precision(x: Tensor) -> str:
+    """How products of x's dtype are formed: "half", "tf32" or "ieee" (as torch's own switch for convolutions says)."""
+    if x.dtype != torch.float32:
+        return "half"
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    # The resolved new setting mirrors the old switch too; reading the old one raises where convolutions and RNNs differ.
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make x's GPU the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def dots_are_float32() -> bool:
+    """True in the interpreter, whose bfloat16 `tl.dot` is silently wrong; kernels then widen the operands first."""
+    return triton_interpreted()
+
+
+def stride_unit(*tensors: Tensor | None) -> int:
+    """The elements of 16 bytes if all strides between pixels are multiples of that, else 1.
+
+    Kernels take strides divided by this number and multiply by it again as a constant: that proves to Triton that
+    rows of channels can move 16 bytes at a time, without a recompilation for each value of a stride.
+    """
+    unit = 1
+    for tensor in tensors:
+        if tensor is not None:
+            unit = 16 // tensor.element_size()
+            if any(size > 1 and stride % unit for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if d != 1):
+                return 1
+    return unit
+
+
+def pixel_strides(tensor: Tensor | None, unit: int) -> tuple[int, int, int]:
+    """Strides of images, rows and pixels in `unit` elements; 0 where there is one index only, or no tensor."""
+    if tensor is None:
+        return 0, 0, 0
+    n, _, h, w = (stride // unit if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return n, h, w
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One specialisation of a kernel, to be compiled ahead of time without a GPU.
+
+    A module `triton.py` of an op offers `aot_cases()`, which yields one of these for each family and line of its table.
+    """
+
+    name: str
+    family: str
+    kernel: Any
+    signature: Mapping[str, str]  # argument -> Triton type ("*bf16", "i32", "fp32"); constants are left out
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...] = field(default=())  # pointers that are multiples of 16 bytes
+    num_warps: int = 4
+    num_stages: int = 2

@@ -1,0 +1,128 @@
+"""RRDBNet, the generator of ESRGAN, BSRGAN and Real-ESRGAN.
+
+Sources: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", 2018, arXiv 1809.00219;
+Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", 2021, arXiv 2107.10833.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsr.backends import Backend
+from fastsr.nn import RRDB, Conv3x3, Module, needs_grad
+from fastsr.nn.rrdb import NEGATIVE_SLOPE
+
+#: scale -> (pixel-unshuffle factor before the trunk, number of x2 steps in the tail)
+SCALES = {1: (4, 2), 2: (2, 2), 4: (1, 2), 8: (1, 3), 16: (1, 4)}
+
+
+class RRDBNet(Module):
+    """RRDBNet with BasicSR's constructor arguments, parameter names and state dict.
+
+    For an LR image x (N, `num_in_ch`, H, W):
+
+        1. u        = x, or its pixel-unshuffle by 2 (`scale` 2) or 4 (`scale` 1)
+        2. f        = conv_first(u)
+        3. features = conv_body(RRDB_num_block(... RRDB_1(f))) + f                       the trunk
+        4. z        = features; then for each x2 step k: z = leaky_relu(conv_up_k(nearest_x2(z)), 0.2)
+        5. y        = conv_last(leaky_relu(conv_hr(z), 0.2))                             4 and 5 are the tail
+
+    `scale` 4 has two x2 steps. For 2 and 1 the same network runs on the pixel-unshuffled image, which is first padded
+    to a multiple of 2 or 4 (by reflection, or by its edge where the image is too small for that); the result is
+    cropped. 8 and 16 are this package's continuation, which BasicSR does not have: a third and a fourth x2 step with the
+    convolutions `conv_up3` and `conv_up4`.
+
+    Without gradients the trunk runs in two workspaces and two further buffers, whatever the number of blocks; they
+    live for one call, and the returned tensor shares memory with nothing.
+
+    Args:
+        num_in_ch: channels of the image (3, not 12 or 48, for the pixel-unshuffle scales).
+        num_out_ch: channels of the result.
+        scale: 1, 2, 4, 8 or 16.
+        num_feat: channels of the trunk.
+        num_block: number of RRDBs.
+        num_grow_ch: growth of the dense blocks.
+        backend: "auto", "compiled", "triton" or "reference"; the attribute `backend` may be set later too.
+
+    Raises:
+        ValueError: a scale or a size that does not exist.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int,
+        num_out_ch: int,
+        scale: int = 4,
+        num_feat: int = 64,
+        num_block: int = 23,
+        num_grow_ch: int = 32,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(backend)
+        if scale not in SCALES:
+            raise ValueError(f"RRDBNet: scale is {scale!r}; expected one of {', '.join(map(str, SCALES))}")
+        sizes = {"num_in_ch": num_in_ch, "num_out_ch": num_out_ch, "num_feat": num_feat, "num_block": num_block, "num_grow_ch": num_grow_ch}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"RRDBNet: {name} is {size!r}; expected at least 1")
+        self.num_in_ch, self.num_out_ch, self.scale = num_in_ch, num_out_ch, scale
+        self.num_feat, self.num_block, self.num_grow_ch = num_feat, num_block, num_grow_ch
+        self.unshuffle, steps = SCALES[scale]
+        self.conv_first = Conv3x3(num_in_ch * self.unshuffle**2, num_feat, backend=backend)
+        self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch, backend) for _ in range(num_block)))
+        self.conv_body = Conv3x3(num_feat, num_feat, backend=backend)
+        for k in range(1, steps + 1):
+            self.add_module(f"conv_up{k}", Conv3x3(num_feat, num_feat, backend=backend))
+        self.conv_hr = Conv3x3(num_feat, num_feat, backend=backend)
+        self.conv_last = Conv3x3(num_feat, num_out_ch, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, num_in_ch, H, W), values usually 0..1 -> (N, num_out_ch, scale * H, scale * W), not clamped.
+
+        Any floating dtype that the parameters have too; under autocast the result is in autocast's dtype.
+
+        Raises:
+            ValueError: x has other dimensions or another number of channels.
+        """
+        if x.dim() != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[1:]:
+            raise ValueError(f"RRDBNet: x has shape {tuple(x.shape)}; expected (N, {self.num_in_ch}, H, W) with at least one pixel")
+        h, w = x.shape[2:]
+        y = self.tail(self.trunk(self._unshuffled(x)))
+        return y[:, :, : h * self.scale, : w * self.scale]
+
+    def _unshuffled(self, x: Tensor) -> Tensor:
+        """Step 1, with the padding that it needs."""
+        r = self.unshuffle
+        if r == 1:
+            return x
+        h, w = x.shape[2:]
+        bottom, right = -h % r, -w % r
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom), "reflect" if bottom < h and right < w else "replicate")
+        n, c, h, w = x.shape
+        # not F.pixel_unshuffle, which hands back an empty batch unchanged
+        return x.reshape(n, c, h // r, r, w // r, r).permute(0, 1, 3, 5, 2, 4).reshape(n, c * r * r, h // r, w // r)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Steps 2 and 3: the (unshuffled) image -> features (N, num_feat, H, W), channels-last."""
+        f = self.conv_first(x)
+        if needs_grad(self, x):
+            return self.conv_body(self.body(f), residual=f)
+        front, back, skip = self.body[0].buffers(f)  # type: ignore[operator]
+        front[:, : self.num_feat] = f
+        for block in self.body:
+            front, back = block.run_in(front, back, skip)  # type: ignore[operator]
+        return self.conv_body(front[:, : self.num_feat], residual=f, out=skip)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """Steps 4 and 5: features -> the (uncropped) result. A result pixel depends on the features at most two pixels away."""
+        z = features
+        del features  # so that the first step's input can go when the second runs
+        for k in range(1, SCALES[self.scale][1] + 1):
+            z = getattr(self, f"conv_up{k}")(z, upsample=2, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
+        z = self.conv_hr(z, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
+        return self.conv_last(z)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, num_block={self.num_block}, num_feat={self.num_feat}, num_grow_ch={self.num_grow_ch}"

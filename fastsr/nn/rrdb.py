@@ -1,0 +1,134 @@
+"""The residual dense block of ESRGAN and the residual in residual dense block made of three of them.
+
+Source: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", 2018, arXiv 1809.00219.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastsr.backends import Backend
+from fastsr.nn.module import Conv3x3, Module, empty_buffer, needs_grad
+
+NEGATIVE_SLOPE = 0.2
+RES_SCALE = 0.2
+
+
+class ResidualDenseBlock(Module):
+    """Five 3x3 convolutions, each of which sees the outputs of all before it.
+
+    For x with F = `num_feat` channels, growth G = `num_grow_ch`:
+
+        1. g[k] = leaky_relu(conv_k(x, g[1], ..., g[k-1]), 0.2)          k = 1..4, G channels each
+        2. y    = 0.2 * conv_5(x, g[1], ..., g[4]) + x                   F channels
+
+    Without gradients nothing is concatenated: one channels-last workspace holds x and all g, each convolution
+    reads a channel prefix of it and writes the slice that follows.
+
+    Parameters, their names and their initialisation are those of BasicSR: `conv1` to `conv5`.
+
+    Args:
+        num_feat: channels of the input and the output.
+        num_grow_ch: channels that each of the first four convolutions adds.
+        backend: "auto", "compiled", "triton" or "reference".
+    """
+
+    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto") -> None:
+        super().__init__(backend)
+        self.num_feat, self.num_grow_ch = num_feat, num_grow_ch
+        for k in range(1, 6):
+            out = num_feat if k == 5 else num_grow_ch
+            conv = Conv3x3(num_feat + (k - 1) * num_grow_ch, out, backend=backend)
+            nn.init.kaiming_normal_(conv.weight)
+            with torch.no_grad():
+                conv.weight *= 0.1
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            self.add_module(f"conv{k}", conv)
+
+    @property
+    def workspace_channels(self) -> int:
+        """Channels of the workspace: x and the four outputs that grow from it."""
+        return self.num_feat + 4 * self.num_grow_ch
+
+    @property
+    def _convs(self) -> tuple[Conv3x3, ...]:
+        return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
+        if needs_grad(self, x):
+            return self._record(x)
+        workspace = empty_buffer(x, self.workspace_channels)
+        workspace[:, : self.num_feat] = x
+        return self.run_in(workspace)
+
+    def _record(self, x: Tensor) -> Tensor:
+        """The same with autograd, out of place."""
+        parts = [x]
+        for conv in self._convs[:4]:
+            parts.append(conv(torch.cat(parts, 1), activation="leaky_relu", negative_slope=NEGATIVE_SLOPE))
+        return self.conv5(torch.cat(parts, 1), scale=RES_SCALE, residual=x)
+
+    def run_in(self, workspace: Tensor, out: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """Inference in a workspace whose first `num_feat` channels hold x; the other channels are overwritten.
+
+        Args:
+            workspace: (N, workspace_channels, H, W), channels-last.
+            out: where y goes: (N, num_feat, H, W), channels-last or a channel slice of such a tensor; None for a fresh tensor.
+            skip: the input of the RRDB that this block ends: the result is then 0.2 * y + skip. Overwritten.
+
+        Returns:
+            `out`, or the fresh tensor.
+        """
+        feat, grow = self.num_feat, self.num_grow_ch
+        for k, conv in enumerate(self._convs[:4]):
+            end = feat + k * grow
+            conv(workspace[:, :end], activation="leaky_relu", negative_slope=NEGATIVE_SLOPE, out=workspace[:, end : end + grow])
+        x = workspace[:, :feat]
+        if skip is None:
+            return self.conv5(workspace, scale=RES_SCALE, residual=x, out=out)
+        # 0.2 * (0.2 * conv + x) + skip in one store: the skip takes 0.2 * x first
+        skip.add_(x, alpha=RES_SCALE)
+        return self.conv5(workspace, scale=RES_SCALE * RES_SCALE, residual=skip, out=out)
+
+
+class RRDB(Module):
+    """Residual in residual dense block: y = 0.2 * rdb3(rdb2(rdb1(x))) + x.
+
+    Parameters as in BasicSR: `rdb1`, `rdb2`, `rdb3`, each a `ResidualDenseBlock`. Arguments as there.
+    """
+
+    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto") -> None:
+        super().__init__(backend)
+        self.num_feat = num_feat
+        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
+        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
+        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
+        if needs_grad(self, x):
+            return self.rdb3(self.rdb2(self.rdb1(x))) * RES_SCALE + x
+        front, back, skip = self.buffers(x)
+        front[:, : self.num_feat] = x
+        front, _ = self.run_in(front, back, skip)
+        return front[:, : self.num_feat].clone(memory_format=torch.channels_last)
+
+    def buffers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Two workspaces and a skip for pictures like `x`; a chain of RRDBs needs no more, however long."""
+        channels = self.rdb1.workspace_channels
+        return empty_buffer(x, channels), empty_buffer(x, channels), empty_buffer(x, self.num_feat)
+
+    def run_in(self, front: Tensor, back: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Inference in `buffers`; the first `num_feat` channels of `front` hold x, those of the first result hold y.
+
+        Returns:
+            The two workspaces, the one that holds y first: the `front` and `back` of the next RRDB.
+        """
+        feat = self.num_feat
+        skip.copy_(front[:, :feat])
+        self.rdb1.run_in(front, out=back[:, :feat])
+        self.rdb2.run_in(back, out=front[:, :feat])
+        self.rdb3.run_in(front, out=back[:, :feat], skip=skip)
+        return back, front
