@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsr.backends import triton_interpreted
 
-#: The families that the configuration tables distinguish: tensor cores of sm_80 to sm_89, wgmma of sm_90, tcgen05 of sm_100 and later, matrix cores of AMD.
+#: What the configuration tables may distinguish: mma.sync (sm_80 to sm_89, sm_120), wgmma (sm_90), tcgen05 (sm_100), AMD's matrix cores.
 FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 #: Shared memory that one block may own, in bytes (sm_86, sm_89 and sm_120 hold 101,376, so tables of "sm_80" stay below that).
@@ -60,7 +60,7 @@ def stride_unit(*tensors: Tensor | None) -> int:
     for tensor in tensors:
         if tensor is not None:
             unit = 16 // tensor.element_size()
-            if any(size > 1 and stride % unit for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if d != 1):
+            if any(tensor.shape[d] > 1 and tensor.stride(d) % unit for d in (0, 2, 3)):
                 return 1
     return unit
 
@@ -85,6 +85,6 @@ class AotCase:
     kernel: Any
     signature: Mapping[str, str]  # argument -> Triton type ("*bf16", "i32", "fp32"); constants are left out
     constants: Mapping[str, Any]
-    aligned: tuple[str, ...] = field(default=())  # pointers that are multiples of 16 bytes
-    num_warps: int = 4
-    num_stages: int = 2
+    aligned: tuple[str, ...]  # pointers that are multiples of 16 bytes
+    options: Mapping[str, Any]  # "num_warps", "num_stages" and so on
+    instructions: tuple[str, ...] = ()  # the assembly must hold them: matrix units in use, 16 bytes at a time

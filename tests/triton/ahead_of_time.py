@@ -16,6 +16,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,10 @@ def compile_case(case: Any) -> dict[str, Any]:
     missing = [name for name in names if name not in case.signature and name not in case.constants]
     if missing:
         raise ValueError(f"{case.name}: neither a type nor a constant for {', '.join(missing)}")
+    # An integer that Triton may specialise compiles anew for each image size.
+    eager = [p.name for p in case.kernel.params if case.signature.get(p.name) in ("i32", "i64") and not p.do_not_specialize]
+    if eager:
+        raise ValueError(f"{case.name}: {', '.join(eager)} must be listed in do_not_specialize")
     source = ASTSource(
         case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
@@ -53,35 +58,34 @@ def compile_case(case: Any) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     started = time.perf_counter()
-    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
-    found = {"case": case.name, "triton": triton.__version__, "seconds": round(time.perf_counter() - started, 2)}
+    compiled = triton.compile(source, target=target, options=dict(case.options))
+    found = {"case": case.name, "family": case.family, "triton": triton.__version__, "seconds": round(time.perf_counter() - started, 2)}
     found["shared"] = compiled.metadata.shared
-    return found | (amd_resources(compiled.asm["amdgcn"]) if is_hip else cuda_resources(compiled))
+    assembly = compiled.asm["amdgcn" if is_hip else "ptx"]
+    found["absent"] = [name for name in case.instructions if name not in assembly]
+    return found | (amd_resources(assembly) if is_hip else cuda_resources(compiled))
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """Registers and spills as the assembler's metadata states them."""
+    """Registers and scratch memory as the assembler's metadata states them; scalars spilled to vector registers cost no memory."""
 
     def read(key: str) -> int:
         return sum(int(value) for value in re.findall(rf"^\s*\.{key}:\s*(\d+)", assembly, re.MULTILINE))
 
-    return {"registers": read("vgpr_count"), "spills": read("vgpr_spill_count") + read("sgpr_spill_count")}
+    return {"registers": read("vgpr_count"), "spills": read("private_segment_fixed_size") + 4 * read("vgpr_spill_count")}
 
 
 def cuda_resources(compiled: Any) -> dict[str, int]:
-    """What `ptxas -v` of Triton's own wheel says of the PTX."""
-    ptx = compiled.asm["ptx"]
-    arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]  # type: ignore[index]
-    # Triton hands Blackwell to a newer assembler, where it brings one.
-    tools = sorted(Path(sys.modules["triton"].__file__ or "").parent.glob("backends/nvidia/bin/ptxas*"))
-    tool = tools[-1 if arch.startswith("sm_1") else 0]
-    command = [str(tool), "-v", f"--gpu-name={arch}", "-o", "/dev/null", "/dev/stdin"]
-    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    if not registers or not spills:
-        raise RuntimeError(f"{tool} says nothing of registers and spills: {said!r}")
-    return {"registers": int(registers[1]), "spills": int(spills[1]) + int(spills[2])}
+    """What the binary itself holds: registers, and the stack to which registers are spilled."""
+    tools = Path(sys.modules["triton"].__file__ or "").parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([str(tools / "cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=False)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout))
+    if len(found) != 3:
+        raise RuntimeError(f"cuobjdump tells no registers, stack and local memory: {said.stdout}{said.stderr}")
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
 
 
 def check(case: Any) -> dict[str, Any]:
@@ -94,9 +98,11 @@ def check(case: Any) -> dict[str, Any]:
         return {"case": case.name, "error": f"{type(error).__name__}: {error}"}
     over = []
     if found["spills"]:
-        over.append(f"{found['spills']} bytes or registers spilled; expected none")
+        over.append(f"{found['spills']} bytes spilled; expected none")
     if found["shared"] > SHARED_MEMORY[case.family]:
         over.append(f"{found['shared']} bytes of shared memory; {case.family} has {SHARED_MEMORY[case.family]}")
+    if found["absent"]:
+        over.append(f"the assembly has no {' and no '.join(found['absent'])}")
     return found | ({"error": "; ".join(over)} if over else {})
 
 

@@ -25,8 +25,11 @@ def conv3x3(
         y = F.relu(y)
     elif negative_slope != 1.0:
         y = F.leaky_relu(y, negative_slope)
-    if pixel_shuffle != 1:
+    if pixel_shuffle != 1 and len(y):
         y = F.pixel_shuffle(y, pixel_shuffle)
+    elif pixel_shuffle != 1:  # torch's own has a wrong backward for an empty batch
+        n, c, h, w = y.shape
+        y = y.reshape(n, c // pixel_shuffle**2, h * pixel_shuffle, w * pixel_shuffle)
     if scale != 1.0:
         y = y * scale
     return y if residual is None else y + residual

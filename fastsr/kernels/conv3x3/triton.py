@@ -23,9 +23,19 @@ Limit      the re-reading of x through L2, below the tensor cores' rate wherever
                BLOCK_M x BLOCK_N    128 x 16    128 x 32    128 x 64    256 x 64    128 x 128
                operations / byte        14.2        25.6        42.7        51.2         64.0
 
-@RESOURCES@
+Tiles, for a 64-channel input in bf16 (registers a thread, shared memory, warps that fit on one SM; Triton 3.9; no spills):
 
-Predicted for 64 -> 64 channels, bf16: a quarter to a third of the tensor peak. Speed: not measured yet.
+                        sm_80                   sm_90                   gfx942
+    -> 32   8 x 16      126   40,960   16       88    61,440   12       90    20,480   12
+    -> 64   8 x 16      168   49,152   12      124    73,728   12       66    24,576   16
+    -> 256  8 x 16      178   65,536    8      138    98,304    8      126    32,768   16
+
+256 pixels for 64 channels would raise operations per byte by a fifth, but spill with 4 warps, and with 8 leave one block on
+an SM, whose every step then waits for L2; 128 x 128 with 4 warps takes 250 registers on sm_90 and spills on sm_80. 16 x 16
+pixels for 32 channels gain a tenth and halve the programs that small images offer (16 images of 48 x 48: 288 tiles of 128
+for 132 SMs). Hence 128 pixels everywhere. The tests compile every line of the table below for every family, free of spills.
+
+Predicted, 64 -> 64 channels, bf16, H100: a quarter to a third of the matrix rate, limited by L2. Not measured yet.
 """
 
 from __future__ import annotations
@@ -49,6 +59,17 @@ OUTER = ("mask_n", "mask_h", "mask_w", "outer_n", "outer_h", "outer_w")
 def pixel_offsets(n, h, w, stride_n, stride_h, stride_w, UNIT: tl.constexpr):
     """64-bit offsets of pixels in a tensor whose strides are given in UNIT elements."""
     return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * UNIT
+
+
+@triton.jit
+def output_offsets(n, h, w, o, stride_n, stride_h, stride_w, UNIT: tl.constexpr, SHUFFLE: tl.constexpr, CHANNELS: tl.constexpr):
+    """64-bit offsets, pixels x channels, in a tensor of the output's shape; channels are ordered as by `shuffle_order`."""
+    pixels = pixel_offsets(n, h * SHUFFLE, w * SHUFFLE, stride_n, stride_h, stride_w, UNIT)
+    if SHUFFLE == 1:
+        return pixels[:, None] + o[None, :]
+    place = o // CHANNELS
+    shifts = pixel_offsets(n * 0, place // SHUFFLE, place % SHUFFLE, stride_n, stride_h, stride_w, UNIT)
+    return pixels[:, None] + (shifts + o % CHANNELS)[None, :]
 
 
 # Sizes and strides are not specialised: a new image size must not compile anew.
@@ -81,8 +102,8 @@ def conv3x3_kernel(
     slope,
     scale,
     outer_scale,
-    C: tl.constexpr,
-    O: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,  # "none", "relu" or "leaky_relu"
     UPSAMPLE: tl.constexpr,
     SHUFFLE: tl.constexpr,
@@ -97,8 +118,8 @@ def conv3x3_kernel(
 ):
     """out = outer_scale * (scale * f(conv(x) + bias) + residual) + outer, f an activation or a multiplication by mask > 0 ? 1 : slope."""
     BLOCK_M: tl.constexpr = TILE_H * TILE_W
-    K_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    N_BLOCKS: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    K_STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    N_BLOCKS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
 
     tile = tl.program_id(0)
     block = tile % N_BLOCKS
@@ -111,52 +132,52 @@ def conv3x3_kernel(
     w = tile % tiles_w * TILE_W + m % TILE_W
     o = block * BLOCK_N + tl.arange(0, BLOCK_N)
 
+    k = tl.arange(0, BLOCK_K)
+    centre = pixel_offsets(n, h, w, x_n, x_h, x_w, X_UNIT)
+    row: tl.constexpr = N_BLOCKS * BLOCK_N  # of the packed weight
+    block_of_taps = k[:, None] * row + o[None, :]
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(9 * K_STEPS):
         tap = step // K_STEPS
-        c = step % K_STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        tap_h = h + tap // 3 - 1
-        tap_w = w + tap % 3 - 1
-        inside = ((tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W))[:, None]
-        if C % BLOCK_K != 0:
-            inside = inside & (c < C)[None, :]
-        pixels = pixel_offsets(n, tap_h // UPSAMPLE, tap_w // UPSAMPLE, x_n, x_h, x_w, X_UNIT)
+        c = step % K_STEPS * BLOCK_K + k
+        down = tap // 3 - 1
+        right = tap % 3 - 1
+        inside = ((h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W))[:, None]
+        if C_IN % BLOCK_K != 0:
+            inside = inside & (c < C_IN)[None, :]
+        if UPSAMPLE == 1:
+            pixels = centre + (x_h.to(tl.int64) * down + x_w.to(tl.int64) * right) * X_UNIT  # one addition for each pixel
+        else:
+            pixels = pixel_offsets(n, (h + down) // UPSAMPLE, (w + right) // UPSAMPLE, x_n, x_h, x_w, X_UNIT)
         window = tl.load(x_ptr + pixels[:, None] + c[None, :], mask=inside, other=0.0)
-        rows = tap * (K_STEPS * BLOCK_K) + c
-        taps = tl.load(weight_ptr + rows[:, None].to(tl.int64) * (N_BLOCKS * BLOCK_N) + o[None, :])
+        taps = tl.load(weight_ptr + tl.full((), BLOCK_K * row, tl.int64) * step + block_of_taps)
         if DOT_FLOAT32:
             window = window.to(tl.float32)
             taps = taps.to(tl.float32)
         accumulator = tl.dot(window, taps, accumulator, input_precision=PRECISION)
 
-    # The packed weight orders channels as (i, j, channel), so that the channels of one shuffled pixel lie side by side.
-    CHANNELS: tl.constexpr = O // (SHUFFLE * SHUFFLE)
-    place = o // CHANNELS
-    y_h = h[:, None] * SHUFFLE + (place // SHUFFLE)[None, :]
-    y_w = w[:, None] * SHUFFLE + (place % SHUFFLE)[None, :]
-    channel = (o % CHANNELS)[None, :]
-    stored = ((h < H) & (w < W))[:, None] & (o < O)[None, :]
-
+    CHANNELS: tl.constexpr = C_OUT // (SHUFFLE * SHUFFLE)
+    stored = ((h < H) & (w < W))[:, None] & (o < C_OUT)[None, :]
     y = accumulator
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + o, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
     if mask_ptr is not None:
-        mask_pixels = pixel_offsets(n, y_h, y_w, mask_n, mask_h, mask_w, Y_UNIT)
-        sign = tl.load(mask_ptr + mask_pixels + channel, mask=stored, other=0.0)
-        y = tl.where(sign > 0, y, y * slope)
+        at = output_offsets(n, h, w, o, mask_n, mask_h, mask_w, Y_UNIT, SHUFFLE, CHANNELS)
+        # The interpreter compares the bits of bfloat16 as integers, so compare as float32.
+        y = tl.where(tl.load(mask_ptr + at, mask=stored, other=0.0).to(tl.float32) > 0, y, y * slope)
     elif ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, and -inf gives 0
     elif ACTIVATION == "leaky_relu":
         y = tl.where(y > 0, y, y * slope)
     y *= scale
     if residual_ptr is not None:
-        residual_pixels = pixel_offsets(n, y_h, y_w, residual_n, residual_h, residual_w, Y_UNIT)
-        y += tl.load(residual_ptr + residual_pixels + channel, mask=stored, other=0.0).to(tl.float32)
+        at = output_offsets(n, h, w, o, residual_n, residual_h, residual_w, Y_UNIT, SHUFFLE, CHANNELS)
+        y += tl.load(residual_ptr + at, mask=stored, other=0.0).to(tl.float32)
     if outer_ptr is not None:
-        outer_pixels = pixel_offsets(n, y_h, y_w, outer_n, outer_h, outer_w, Y_UNIT)
-        y = y * outer_scale + tl.load(outer_ptr + outer_pixels + channel, mask=stored, other=0.0).to(tl.float32)
-    out_pixels = pixel_offsets(n, y_h, y_w, out_n, out_h, out_w, Y_UNIT)
-    tl.store(out_ptr + out_pixels + channel, y.to(out_ptr.dtype.element_ty), mask=stored)
+        at = output_offsets(n, h, w, o, outer_n, outer_h, outer_w, Y_UNIT, SHUFFLE, CHANNELS)
+        y = y * outer_scale + tl.load(outer_ptr + at, mask=stored, other=0.0).to(tl.float32)
+    at = output_offsets(n, h, w, o, out_n, out_h, out_w, Y_UNIT, SHUFFLE, CHANNELS)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @dataclass(frozen=True)
@@ -170,20 +191,43 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, Any]:
+        """How Triton shall compile it."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-#: (family, precision) -> (largest O served, tile_h, tile_w, block_n, largest block_k, num_warps, num_stages), first match from the top.
-TILES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {}
-for _family in ("sm_80", "sm_90", "sm_100"):
-    TILES[_family, "half"] = ((16, 8, 16, 16, 64, 4, 4), (32, 8, 16, 32, 64, 4, 4), (64, 8, 16, 64, 64, 4, 3), (1 << 30, 8, 16, 128, 64, 8, 3))
-    TILES[_family, "tf32"] = ((16, 8, 16, 16, 32, 4, 4), (32, 8, 16, 32, 32, 4, 4), (64, 8, 16, 64, 32, 4, 3), (1 << 30, 8, 16, 128, 32, 8, 3))
-    TILES[_family, "ieee"] = ((16, 8, 16, 16, 16, 4, 3), (32, 8, 16, 32, 16, 4, 3), (1 << 30, 8, 16, 64, 16, 8, 3))
-TILES["gfx942", "half"] = ((16, 8, 16, 16, 64, 4, 2), (32, 8, 16, 32, 64, 4, 2), (64, 8, 16, 64, 64, 4, 2), (1 << 30, 8, 16, 128, 64, 8, 2))
-TILES["gfx942", "ieee"] = ((16, 8, 16, 16, 16, 4, 2), (32, 8, 16, 32, 16, 4, 2), (1 << 30, 8, 16, 64, 16, 4, 2))
+
+ANY = 1 << 30
+
+#: (family or vendor, precision) -> lines of (largest O served, tile_h, tile_w, block_n, largest block_k, num_warps, num_stages).
+#: The family's own lines win over the vendor's, and the first line that fits serves.
+TILES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
+    # 3 stages, not 4: two steps in flight cover L2's latency, and a fourth buffer would cost a block per SM.
+    # At 16 channels block_k 32: with 64 the sm_80 fp16 kernel spills.
+    ("nvidia", "half"): ((16, 8, 16, 16, 32, 4, 3), (32, 8, 16, 32, 64, 4, 3), (64, 8, 16, 64, 64, 4, 3), (ANY, 8, 16, 128, 64, 8, 3)),
+    # 8 warps at 64 channels: 4 need up to 254 registers. 2 stages at 16 channels: with 3 Triton 3.6 spills on sm_80.
+    ("nvidia", "tf32"): ((16, 8, 16, 16, 32, 4, 2), (32, 8, 16, 32, 32, 4, 3), (64, 8, 16, 64, 32, 8, 3), (ANY, 8, 16, 128, 32, 8, 3)),
+    # 64 channels at most: 128 take 255 registers with Triton 3.6 and spill.
+    ("sm_80", "tf32"): ((16, 8, 16, 16, 32, 4, 2), (32, 8, 16, 32, 32, 4, 3), (ANY, 8, 16, 64, 32, 8, 3)),
+    # FMA units, no tensor cores, so the limit is arithmetic: 2 stages suffice, and a third spills on sm_100.
+    ("nvidia", "ieee"): ((16, 8, 16, 16, 16, 4, 3), (32, 8, 16, 32, 16, 4, 3), (ANY, 8, 16, 64, 16, 8, 2)),
+    # 64 KB of local memory and 64-wide warps: 2 stages, and 8 warps halve the accumulators of each.
+    ("amd", "half"): ((16, 8, 16, 16, 64, 4, 2), (32, 8, 16, 32, 64, 4, 2), (64, 8, 16, 64, 64, 8, 2), (ANY, 8, 16, 128, 64, 8, 2)),
+    # float32 matrix cores with exact products.
+    ("amd", "ieee"): ((16, 8, 16, 16, 16, 4, 2), (32, 8, 16, 32, 16, 4, 2), (ANY, 8, 16, 64, 16, 4, 2)),
+}
+
+
+def lines(gpu: str, mode: str) -> tuple[tuple[int, ...], ...] | None:
+    """The lines of the table for a family and a precision; None where the family has no such products."""
+    return TILES.get((gpu, mode), TILES.get(("amd" if gpu.startswith("gfx") else "nvidia", mode)))
 
 
 def config(gpu: str, mode: str, c: int, o: int) -> Config:
     """The frozen choice for `c` input and `o` output channels; the image's size has no say, so that strips of it give the same values."""
-    _, tile_h, tile_w, block_n, block_k, num_warps, num_stages = next(row for row in TILES[gpu, mode] if o <= row[0])
+    served = lines(gpu, mode)
+    if served is None:
+        raise KeyError(f"no tiles for {mode} products on {gpu}; expected one of {', '.join(' '.join(key) for key in TILES)}")
+    _, tile_h, tile_w, block_n, block_k, num_warps, num_stages = next(line for line in served if o <= line[0])
     # The largest power of two, at least tl.dot's 16, that wastes no channel: 96 takes three steps of 32, not two of 64.
     while block_k > 16 and c % block_k:
         block_k //= 2
@@ -250,8 +294,7 @@ def launch(
             scale,
             outer_scale,
             **constants(chosen, mode, c, o, negative_slope, upsample, pixel_shuffle, x_unit, y_unit),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
+            **chosen.options(),
         )
 
 
@@ -260,8 +303,8 @@ def constants(
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     return {
-        "C": c,
-        "O": o,
+        "C_IN": c,
+        "C_OUT": o,
         "ACTIVATION": {1.0: "none", 0.0: "relu"}.get(negative_slope, "leaky_relu"),
         "UPSAMPLE": upsample,
         "SHUFFLE": shuffle,
@@ -315,20 +358,27 @@ def conv3x3_into(
 
 
 #: Layers that between them reach every line of the table and every block_k: (C, O, upsample, shuffle, masked and with both skips).
-LAYERS = ((3, 64, 1, 1, False), (64, 32, 1, 1, False), (96, 32, 1, 1, True), (64, 64, 2, 1, False), (64, 256, 1, 2, False), (64, 3, 1, 1, False))
+LAYERS = (
+    (3, 64, 1, 1, False),
+    (64, 32, 1, 1, False),
+    (96, 32, 1, 1, True),
+    (64, 64, 2, 1, False),
+    (64, 256, 1, 2, False),
+    (64, 3, 1, 1, False),
+)
 
 
 def aot_cases() -> Iterator[AotCase]:
     """Every line of the table with every dtype that it serves."""
-    for gpu, mode in TILES:
-        for dtype in ("bf16", "fp16") if mode == "half" else ("fp32",):
-            for c, o, upsample, shuffle, full in LAYERS:
-                yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
+    for gpu in FAMILIES:
+        for mode, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
+            if lines(gpu, mode):
+                for c, o, upsample, shuffle, full in LAYERS:
+                    yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
 
 
 def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, full: bool) -> AotCase:
     """One layer; `full` adds the backward's mask and both skips."""
-    assert gpu in FAMILIES
     chosen = config(gpu, mode, c, o)
     pointers = ["out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "residual_ptr"] + (["mask_ptr", "outer_ptr"] if full else [])
     absent = {} if full else {"mask_ptr": None, "outer_ptr": None}
@@ -344,6 +394,14 @@ def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shu
         signature=signature,
         constants=absent | constants(chosen, mode, c, o, 0.2, upsample, shuffle, x_unit, y_unit),
         aligned=tuple(pointers),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        options=chosen.options(),
+        instructions=instructions(gpu, mode, x_unit, y_unit),
     )
+
+
+def instructions(gpu: str, mode: str, x_unit: int, y_unit: int) -> tuple[str, ...]:
+    """What the assembly must hold: the family's matrix units and, where strides allow it, moves of 16 bytes."""
+    if gpu == "gfx942":
+        return ("v_mfma",)
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[gpu] if mode != "ieee" else "fma.rn.f32"
+    return (wanted, *(("cp.async.cg",) if x_unit > 1 else ()), *(("st.global.v4",) if y_unit > 1 else ()))
