@@ -14,7 +14,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -78,7 +78,7 @@ def cuda_architectures(version: tuple[int, int]) -> list[str]:
     if not listed:
         reason = "no GPU here"
         listed = ["8.0", "9.0a", "9.0+PTX"]
-    flags = []
+    flags, kept = [], []
     for arch in listed:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
         if not found:
@@ -87,12 +87,13 @@ def cuda_architectures(version: tuple[int, int]) -> list[str]:
         if int(found[1]) < 8:
             say(f"leaving out {arch}: the kernels need 8.0 or higher")
             continue
+        kept.append(arch)
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
         raise SystemExit("fastsr: no architecture of 8.0 or higher is left to build for; set TORCH_CUDA_ARCH_LIST or FASTSR_CUDA=0")
-    say(f"CUDA {version[0]}.{version[1]} for {' '.join(listed)} ({reason})")
+    say(f"CUDA {version[0]}.{version[1]} for {' '.join(kept)} ({reason})")
     return flags
 
 
@@ -114,7 +115,7 @@ def native() -> dict:
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("FASTSR_VERSION", f'"{version()}"')]
     flags = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]}
     # libtorch.so must be among the needed libraries: a weak CUDA symbol resolves only through it.
-    links, includes, libraries = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"], ["csrc"], []
+    links, includes, libraries = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"], [str(HERE / "csrc")], []
     if sys.platform != "linux":
         links = []
     if cuda:
@@ -123,7 +124,7 @@ def native() -> dict:
         cpp_extension.CUDA_HOME = str(root)
         architectures = cuda_architectures(release)
         sources += sorted(glob("csrc/cuda/*.cu"))
-        named = " ".join(re.findall(r"code=(\w+)", " ".join(architectures)))
+        named = " ".join(re.findall(r",code=(\w+)", " ".join(architectures)))
         defines += [("FASTSR_CUDA_VERSION", f'"{release[0]}.{release[1]}"'), ("FASTSR_CUDA_ARCHS", f'"{named}"')]
         options = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-warn-spills"]
         flags["nvcc"] = [*options, "-Xcompiler", "-fvisibility=hidden", *architectures]
@@ -171,7 +172,10 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+# The benchmark cases lie in benchmarks/ and are installed below fastsr.bench.cases.
+CASES = {f"fastsr.bench.cases.{folder}": f"benchmarks/{folder}" for folder in ("ops", "models", "peers", "native")}
+
 os.chdir(HERE)
 arguments = native() if not {"egg_info", "sdist", "dist_info", "--version", "clean"} & set(sys.argv[1:]) else {}
 arguments.setdefault("cmdclass", {})["bdist_wheel"] = Wheel
-setup(**arguments)
+setup(packages=[*find_packages(include=["fastsr", "fastsr.*"]), *CASES], package_dir=CASES, **arguments)

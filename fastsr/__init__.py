@@ -1,7 +1,43 @@
-"""fastsr: fused operators, modules and networks for super-resolution and vector quantisation."""
+"""fastsr: fused operators, modules and networks for super-resolution and vector quantisation.
 
-from fastsr import ops
+What is named here is imported when it is first used: `import fastsr` costs nothing and leaves torch's environment variables to be set.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastsr._version import __version__
-from fastsr.backends import BackendUnavailable, set_backend
 
-__all__ = ["BackendUnavailable", "__version__", "ops", "set_backend"]
+if TYPE_CHECKING:
+    from fastsr import models, nn, ops
+    from fastsr.backends import BackendUnavailable, set_backend
+    from fastsr.upscaling import upscale
+    from fastsr.weights import WeightsError, load
+
+#: name -> the module that defines it; packages are found by their own name.
+_HOMES = {
+    "BackendUnavailable": "backends",
+    "WeightsError": "weights",
+    "load": "weights",
+    "set_backend": "backends",
+    "upscale": "upscaling",
+}
+_PACKAGES = ("backends", "models", "nn", "ops", "upscaling", "weights")
+
+__all__ = ["BackendUnavailable", "WeightsError", "__version__", "load", "models", "nn", "ops", "set_backend", "upscale"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastsr.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"fastsr.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastsr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

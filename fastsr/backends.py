@@ -45,6 +45,10 @@ class Rule:
     dtypes: tuple[torch.dtype, ...] | None = None  # None for any
     when: Callable[..., bool] | None = None  # a condition on the tensors, or None for any
 
+    def covers(self, device: str, dtype: torch.dtype) -> bool:
+        """True if the rule speaks about this device type and dtype."""
+        return self.device in (None, device) and (self.dtypes is None or dtype in self.dtypes)
+
 
 class Choice(NamedTuple):
     """A backend and the reason why it was taken."""
@@ -99,8 +103,14 @@ class set_backend:
         _default = self._before
 
 
+def default_backend() -> str:
+    """What `backend="auto"` stands for now; "auto" itself unless it was set."""
+    return _default
+
+
 @functools.cache
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
+    """Why Triton cannot be used, or None."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -127,7 +137,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cuda":
             return _cuda_missing(op)
         return None
-    if missing := _triton_missing():
+    if missing := triton_missing():
         return missing
     if device == "cpu" and not triton_interpreted():
         return "Triton runs on a CPU in its interpreter only; set TRITON_INTERPRET=1 before starting Python"
@@ -168,7 +178,7 @@ def choose(op: str, requested: str, x: Tensor, *others: Tensor) -> Choice:
         return Choice(name, "asked for by name")
     passed_over = None
     for rule in TABLE[op]:
-        if rule.device not in (None, device) or (rule.dtypes is not None and dtype not in rule.dtypes):
+        if not rule.covers(device, dtype):
             continue
         if rule.when is not None and not rule.when(x, *others):
             continue
@@ -180,3 +190,18 @@ def choose(op: str, requested: str, x: Tensor, *others: Tensor) -> Choice:
         if rule.backend == "compiled":
             passed_over = reason
     raise AssertionError("the reference ends every table")
+
+
+def considered(op: str, device: str, dtype: torch.dtype) -> list[tuple[Rule, str | None]]:
+    """The rules that `auto` looks at for this device type and dtype, each with why its backend cannot run here.
+
+    The list ends with the first rule that can run and asks for nothing more (`when` is None): that, or one that
+    can run before it, is what `auto` takes.
+    """
+    looked_at = []
+    for rule in TABLE[op]:
+        if rule.covers(device, dtype):
+            looked_at.append((rule, why_not(op, rule.backend, device, dtype)))
+            if looked_at[-1][1] is None and rule.when is None:
+                break
+    return looked_at

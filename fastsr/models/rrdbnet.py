@@ -109,7 +109,7 @@ class RRDBNet(Module):
         f = self.conv_first(x)
         if needs_grad(self, x):
             return self.conv_body(self.body(f), residual=f)
-        front, back, skip = self.body[0].buffers(f)  # type: ignore[operator]
+        front, back, skip = self.body[0].scratch(f)  # type: ignore[operator]
         front[:, : self.num_feat] = f
         for block in self.body:
             front, back = block.run_in(front, back, skip)  # type: ignore[operator]

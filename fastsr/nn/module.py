@@ -44,7 +44,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
         self._backend: Backend = backend
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         return ops.conv3x3(x, self.weight, self.bias, backend=self._backend, **options)
 
 

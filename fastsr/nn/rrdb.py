@@ -37,14 +37,16 @@ class ResidualDenseBlock(Module):
     def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto") -> None:
         super().__init__(backend)
         self.num_feat, self.num_grow_ch = num_feat, num_grow_ch
-        for k in range(1, 6):
-            out = num_feat if k == 5 else num_grow_ch
-            conv = Conv3x3(num_feat + (k - 1) * num_grow_ch, out, backend=backend)
+        self.conv1 = Conv3x3(num_feat, num_grow_ch, backend=backend)
+        self.conv2 = Conv3x3(num_feat + num_grow_ch, num_grow_ch, backend=backend)
+        self.conv3 = Conv3x3(num_feat + 2 * num_grow_ch, num_grow_ch, backend=backend)
+        self.conv4 = Conv3x3(num_feat + 3 * num_grow_ch, num_grow_ch, backend=backend)
+        self.conv5 = Conv3x3(num_feat + 4 * num_grow_ch, num_feat, backend=backend)
+        for conv in self._convs:
             nn.init.kaiming_normal_(conv.weight)
             with torch.no_grad():
                 conv.weight *= 0.1
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            self.add_module(f"conv{k}", conv)
 
     @property
     def workspace_channels(self) -> int:
@@ -53,7 +55,7 @@ class ResidualDenseBlock(Module):
 
     @property
     def _convs(self) -> tuple[Conv3x3, ...]:
-        return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5  # type: ignore[return-value]
+        return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
@@ -110,18 +112,18 @@ class RRDB(Module):
         """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
         if needs_grad(self, x):
             return self.rdb3(self.rdb2(self.rdb1(x))) * RES_SCALE + x
-        front, back, skip = self.buffers(x)
+        front, back, skip = self.scratch(x)
         front[:, : self.num_feat] = x
         front, _ = self.run_in(front, back, skip)
         return front[:, : self.num_feat].clone(memory_format=torch.channels_last)
 
-    def buffers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scratch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Two workspaces and a skip for pictures like `x`; a chain of RRDBs needs no more, however long."""
         channels = self.rdb1.workspace_channels
         return empty_buffer(x, channels), empty_buffer(x, channels), empty_buffer(x, self.num_feat)
 
     def run_in(self, front: Tensor, back: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Inference in `buffers`; the first `num_feat` channels of `front` hold x, those of the first result hold y.
+        """Inference in `scratch`; the first `num_feat` channels of `front` hold x, those of the first result hold y.
 
         Returns:
             The two workspaces, the one that holds y first: the `front` and `back` of the next RRDB.

@@ -1,0 +1,11 @@
+"""Trained weights in: `load` recognises a file by what is in it and returns the network with the right sizes.
+
+`formats/` has one file for each kind of file, `dialects/` one for each way of naming RRDBNet's parameters,
+`names.py` knows the weights that installed packages bring along.
+"""
+
+from fastsr.weights.errors import WeightsError
+from fastsr.weights.loading import load
+from fastsr.weights.names import KNOWN, NamedWeights
+
+__all__ = ["KNOWN", "NamedWeights", "WeightsError", "load"]
