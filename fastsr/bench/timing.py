@@ -11,6 +11,8 @@ Events include the gaps in which the GPU waits for the next launch; a graph repl
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +115,10 @@ def peak_memory(run: Callable[[], Any], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # Memory that earlier calls freed and the C library kept would serve this one unseen.
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     # Writing 5 resets the high-water mark (proc(5)); where that is forbidden only a new maximum shows.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,111 @@
+"""A case module for the tests of the harness: one honest runner, and one for each way of going wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from fastsr.bench.case import BASELINE, Call, Case, Runner, State, Unavailable
+from fastsr.bench.suite import Options
+
+
+def _honest(state: State) -> Call:
+    return lambda x: torch.relu(x * state["scale"])
+
+
+def _wrong(state: State) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x * state["scale"])
+        y[-1, -1, -1, -1] += 1e-3  # one element of a corner
+        return y
+
+    return call
+
+
+def _nan(state: State) -> Call:
+    return lambda x: torch.full_like(x, torch.nan)
+
+
+def _cached(state: State) -> Call:
+    """Hands out its first answer again."""
+    kept: list[torch.Tensor] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(torch.relu(x * state["scale"]))
+        return kept[0]
+
+    return call
+
+
+def _lazy(state: State) -> Call:
+    """Right while it is judged, then does nothing and hands out what it has."""
+    calls, kept = 0, torch.empty(0)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls, kept
+        calls += 1
+        if calls <= 3:
+            kept = torch.relu(x * state["scale"])
+        return kept
+
+    return call
+
+
+def _crashing(state: State) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        print("about to die", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return x
+
+    return call
+
+
+def _raising(state: State) -> Call:
+    raise RuntimeError("no such kernel\nmore text")
+
+
+def _missing(state: State) -> Call:
+    raise Unavailable("the peer is not installed")
+
+
+def _hanging(state: State) -> Call:
+    time.sleep(600)
+    raise AssertionError("nobody stopped this")
+
+
+RUNNERS = {
+    BASELINE: _honest,
+    "wrong": _wrong,
+    "nan": _nan,
+    "cached": _cached,
+    "lazy": _lazy,
+    "crashing": _crashing,
+    "raising": _raising,
+    "missing": _missing,
+    "hanging": _hanging,
+}
+
+
+def cases(options: Options) -> list[Case]:
+    """One small case."""
+    shape = (2, 3, 8, 8)
+    return [
+        Case(
+            suite="ops",
+            subject="scaled_relu",
+            label="2x3x8x8",
+            device=options.device,
+            dtype=options.dtypes[0],
+            sizes={"n": 2},
+            flops=384.0,
+            bytes=8 * 384.0,
+            state=lambda generator: {"scale": torch.rand(1, generator=generator) + 0.5},
+            inputs=lambda generator: (torch.randn(shape, generator=generator),),
+            eager=_honest,
+            runners={name: Runner(build) for name, build in RUNNERS.items()},
+        )
+    ]

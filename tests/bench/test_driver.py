@@ -1,0 +1,154 @@
+"""The harness itself: wrong answers are never timed, and no runner can stop the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsr.bench import driver, gate, process, results, suite
+from fastsr.bench.case import BASELINE, Case
+
+FAKES = str(Path(__file__).with_name("fake_cases.py"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    """All fake runners in one run, each in its own process."""
+    settings = driver.Settings(threads=1, rounds=2, round_seconds=0.01, build_timeout=60, round_timeout=60)
+    case = suite.cases(FAKES, settings.options)[0]
+    names = tuple(name for name in case.runners if name != "hanging")
+    found = driver.run_case(FAKES, case, driver.Settings(**{**settings.__dict__, "runners": names}))
+    return {row["runner"]: row for row in found}
+
+
+def test_the_honest_runner_is_timed(rows: dict[str, dict]) -> None:
+    row = rows[BASELINE]
+    assert row["status"] == "ok"
+    assert len(row["samples"]) == 2
+    assert sum(map(len, row["samples"])) == row["seconds"]["n"]
+    s = row["seconds"]
+    assert 0 < s["min"] <= s["q1"] <= s["median"] <= s["q3"] <= s["max"]
+    assert set(row["faults"]) == {"minor", "major"}
+    assert row["gate"]["passed"]
+    assert row["peak_bytes"] >= 0
+
+
+@pytest.mark.parametrize("name", ["wrong", "nan", "cached", "lazy"])
+def test_a_wrong_answer_is_never_timed(rows: dict[str, dict], name: str) -> None:
+    assert rows[name]["status"] == "wrong"
+    assert "seconds" not in rows[name]
+    assert "samples" not in rows[name]
+    assert "output 0" in rows[name]["reason"]
+
+
+def test_a_runner_that_dies_is_reported_with_its_last_words(rows: dict[str, dict]) -> None:
+    assert rows["crashing"]["status"] == "crashed"
+    assert "SIGSEGV" in rows["crashing"]["reason"]
+    assert "about to die" in rows["crashing"]["reason"]
+
+
+def test_errors_and_missing_peers_are_told_apart(rows: dict[str, dict]) -> None:
+    assert rows["raising"]["status"] == "failed"
+    assert rows["raising"]["reason"] == "RuntimeError: no such kernel"
+    assert rows["missing"]["status"] == "unavailable"
+    assert rows["missing"]["reason"] == "the peer is not installed"
+
+
+def test_a_runner_that_hangs_is_given_up() -> None:
+    worker = process.WorkerProcess(process.environment(1, {}))
+    options = suite.Options()
+    case = suite.cases(FAKES, options)[0].name
+    try:
+        assert worker.tell("open", 60, module=FAKES, case=case, options=options.record(), threads=1, round_seconds=0.01)["status"] == "ok"
+        answer = worker.tell("build", 1, runner="hanging", truth="")
+        assert answer == {"status": "timeout", "reason": "no answer to 'build' within 1 s"}
+        assert worker.tell("round", 1) == answer  # it stays dead
+    finally:
+        worker.close()
+
+
+def test_every_row_fits_the_table(rows: dict[str, dict]) -> None:
+    rated = results.rate([dict(row) for row in rows.values()], {})
+    report = {"environment": driver.environment.record(1), "roofs": {"missing": "no compiler"}, "results": rated}
+    text = results.table(report)
+    assert "1.00x" in text
+    assert "not measured (no compiler)" in text
+    for name in rows:
+        assert name in text
+    plain = results.render("title", results.HEADINGS, [results.cells(row) for row in rated])
+    assert "SIGSEGV" in plain
+
+
+def _case(dtype: str = "float32") -> Case:
+    return suite.cases(FAKES, suite.Options(dtypes=(dtype,)))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gate_allows_twice_eagers_error_and_no_more(tmp_path: Path, dtype: str) -> None:
+    case = _case(dtype)
+    gate.prepare(case, tmp_path / "truth.pt")
+    honest = case.eager(gate.draw_state(case, getattr(torch, dtype)))
+    verdict = gate.judge(case, honest, tmp_path / "truth.pt")
+    assert verdict.passed
+    assert verdict.error <= verdict.allowed
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    # Relative to the largest value, an error of 8 eps is beyond twice eager's (at most half an eps) plus two.
+    off = gate.judge(case, lambda x: honest(x) + 8 * eps * honest(x).abs().max(), tmp_path / "truth.pt")
+    assert not off.passed
+
+
+def test_the_gate_sees_a_plane_that_hides_behind_larger_values(tmp_path: Path) -> None:
+    """An error far below the tensor's largest value, but large in its own image and channel."""
+    truth = torch.ones(1, 2, 4, 4, dtype=torch.float64)
+    truth[:, 0] = 10
+    y = truth.clone()
+    y[0, 1, 0, 0] += 0.1
+    assert gate.errors(y, truth, planes=True) == pytest.approx((0.01, 0.1))
+    assert gate.errors(y, truth, planes=False) == pytest.approx((0.01, 0.01))
+
+
+def test_missing_outputs_and_shapes_are_wrong(tmp_path: Path) -> None:
+    case = _case()
+    gate.prepare(case, tmp_path / "truth.pt")
+    assert "2 outputs; expected 1" in gate.judge(case, lambda x: (x, x), tmp_path / "truth.pt").reason
+    assert "shape" in gate.judge(case, lambda x: x[:1], tmp_path / "truth.pt").reason
+
+
+def test_unknown_names_and_options_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"'vgg'.*conv3x3"):
+        suite.select(["vgg"])
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        suite.Options(device="tpu")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        suite.Options(dtypes=("int8",))
+    assert suite.select(["ops", "conv3x3"]).count("ops.bench_conv3x3") == 1
+
+
+@pytest.mark.parametrize("sizes", ["tiny", "quick", "full"])
+def test_shipped_cases_have_distinct_names_a_baseline_and_counted_work(sizes: str) -> None:
+    for module in suite.select(["all"]):
+        made = suite.cases(module, suite.Options(dtypes=("float32", "bfloat16"), sizes=sizes))
+        assert made
+        for case in made:
+            assert BASELINE in case.runners
+            assert case.flops > 0
+            assert case.bytes > 0
+
+
+def test_the_counted_work_of_rrdbnet_is_the_known_one() -> None:
+    """35.85 MFLOP per pixel of the small image."""
+    case = suite.cases("models.bench_rrdbnet", suite.Options())[0]
+    assert case.flops / (case.sizes["h"] * case.sizes["w"]) == pytest.approx(35.85e6, rel=1e-3)
+
+
+def test_tiny_conv3x3_cases_pass_their_own_gate(tmp_path: Path) -> None:
+    """Every case's eager runner obeys its own gate, forward and backward, in both layouts."""
+    for case in suite.cases("ops.bench_conv3x3", suite.Options(sizes="tiny")):
+        gate.prepare(case, tmp_path / "truth.pt")
+        for name in (BASELINE, "eager NCHW", "reference"):
+            runner = case.runners[name]
+            call = runner.build(gate.draw_state(case, torch.float32))
+            verdict = gate.judge(case, call, tmp_path / "truth.pt", channels_last=runner.channels_last)
+            assert verdict.passed, f"{case.name} {name}: {verdict.reason}"
