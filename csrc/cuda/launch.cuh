@@ -1,0 +1,55 @@
+// Host side of every kernel launch: device guard, torch's current stream, launch limits and errors.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+// In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastsr::cuda {
+
+// Launches kernels on the device of `tensor`, in the stream that is torch's current one now. Never kept between calls.
+class Launcher {
+ public:
+  explicit Launcher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "fastsr: this build of torch has no CUDA streams; expected a CUDA build");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    // The library's own (static) CUDA runtime keeps a current device beside that of torch's runtime.
+    check(cudaSetDevice(tensor.get_device_index()), "cudaSetDevice");
+  }
+
+  // `blocks` lie on grid axis x, the only one that holds 2^31 - 1 of them; none is no launch at all (an empty tensor).
+  template <class... Parameters>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                  std::type_identity_t<Parameters>... arguments) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), "fastsr: a kernel needs ", blocks,
+                    " blocks; expected fewer than 2^31");
+    const void* entry = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
+    }
+    void* pointers[] = {&arguments...};
+    check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream_), "cudaLaunchKernel");
+  }
+
+ private:
+  static void check(cudaError_t error, const char* call) {
+    STD_TORCH_CHECK(error == cudaSuccess, "fastsr: ", call, " failed: ", cudaGetErrorString(error));
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace fastsr::cuda

@@ -1,0 +1,323 @@
+// Runs a CUDA kernel's own text on the CPU: one fiber per thread, blocks one after another.
+//
+// A fiber gives way at barriers, warp-wide operations and atomics only; who goes on is drawn from a seed. In half of the
+// blocks the draw is fair, in the other half one warp runs ahead as far as the barriers let it, which is what shows a
+// missing one. Shared memory is filled with 0xFF bytes (NaN, -1) before each block, so that uninitialised reads show.
+// A warp-wide operation happens once all lanes of its mask have arrived; a block in which nobody can go on is an error.
+#pragma once
+
+#include <link.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "fiber.h"
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr unsigned char kPoison = 0xFF;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Thread {
+  Fiber fiber;
+  dim3 index;
+  int warp = 0, lane = 0;
+  const char* waits_at = nullptr;
+  bool done = false;
+  std::vector<Copy> open;                  // copies since the last commit
+  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+};
+
+// A warp-wide operation for which not all lanes have arrived yet.
+struct Meeting {
+  const char* name;
+  uint32_t mask, arrived;
+  std::array<void*, kWarp> slots;
+};
+
+struct Warp {
+  std::vector<int> ready;  // threads that can go on
+  std::vector<Meeting> meetings;
+  unsigned priority = 0;
+};
+
+class Block;
+inline Block* running = nullptr;  // one launch at a time
+
+// This thread's copy of the module's thread-local data, which is where `__shared__` variables live.
+inline thread_local char statics_anchor;
+struct Range {
+  char* begin = nullptr;
+  size_t bytes = 0;
+  bool holds(const void* p, size_t n) const {
+    const char* c = static_cast<const char*>(p);
+    return bytes != 0 && c >= begin && c + n <= begin + bytes;
+  }
+};
+
+inline Range static_shared() {
+  statics_anchor = 1;  // touched: the thread's copy exists now
+  Range found{&statics_anchor, 0};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        Range& range = *static_cast<Range*>(data);
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& part = info->dlpi_phdr[i];
+          char* begin = static_cast<char*>(info->dlpi_tls_data);
+          if (part.p_type != PT_TLS || begin == nullptr) continue;
+          if (range.begin < begin || range.begin >= begin + part.p_memsz) continue;
+          range = {begin, part.p_memsz};
+          return 1;
+        }
+        return 0;
+      },
+      &found);
+  return found;
+}
+
+class Block {
+ public:
+  Block(unsigned blocks, int threads, int shared_bytes, uint64_t seed, std::function<void()> body)
+      : grid{blocks}, size{static_cast<unsigned>(threads)}, shared_bytes_(shared_bytes), random_(seed), body_(std::move(body)),
+        threads_(threads), warps_((threads + kWarp - 1) / kWarp), statics_(static_shared()) {
+    void* memory = nullptr;
+    if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) fail("out of memory");
+    dynamic_.reset(static_cast<char*>(memory));
+    for (int i = 0; i < threads; ++i) {
+      threads_[i].index = {static_cast<unsigned>(i), 0, 0};
+      threads_[i].warp = i / kWarp, threads_[i].lane = i % kWarp;
+    }
+  }
+
+  void run(unsigned block) {
+    index = {block, 0, 0};
+    if (statics_.bytes) std::memset(statics_.begin, kPoison, statics_.bytes);
+    if (shared_bytes_) std::memset(dynamic_.get(), kPoison, shared_bytes_);
+    fair_ = random_() & 1;
+    at_barrier_ = 0, finished_ = 0;
+    for (auto& warp : warps_) warp.ready.clear(), warp.meetings.clear(), warp.priority = static_cast<unsigned>(random_());
+    for (int i = 0; i < count(); ++i) {
+      Thread& t = threads_[i];
+      t.done = false, t.waits_at = nullptr, t.open.clear(), t.groups.clear();
+      t.fiber.start(&Block::enter, this);
+      warps_[t.warp].ready.push_back(i);
+    }
+    running = this;
+    while (finished_ < count() && !error_) {
+      current_ = pick();
+      if (current_ < 0) {
+        report_deadlock(block);
+        break;
+      }
+      threads_[current_].waits_at = nullptr;
+      threads_[current_].fiber.resume();
+    }
+    running = nullptr;
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  Thread& self() { return threads_[current_]; }
+  int count() const { return static_cast<int>(threads_.size()); }
+  char* dynamic(int bytes) const {
+    if (bytes != shared_bytes_) fail("the kernel uses ", bytes, " bytes of dynamic shared memory and was launched with ", shared_bytes_);
+    return dynamic_.get();
+  }
+
+  // Checks an access that must lie in shared memory at a multiple of its alignment.
+  void check_shared(const char* what, const void* p, size_t bytes, size_t alignment) const {
+    if (reinterpret_cast<uintptr_t>(p) % alignment) fail(what, ": a shared address is not a multiple of ", alignment);
+    if (!Range{dynamic_.get(), static_cast<size_t>(shared_bytes_)}.holds(p, bytes) && !statics_.holds(p, bytes)) {
+      fail(what, ": an address is outside of the block's shared memory");
+    }
+  }
+
+  // Lets others run; this thread may be drawn again at once.
+  void give_way() {
+    warps_[self().warp].ready.push_back(current_);
+    self().fiber.suspend();
+  }
+
+  void barrier() {
+    if (++at_barrier_ < count()) {
+      self().waits_at = "__syncthreads";
+      return self().fiber.suspend();
+    }
+    at_barrier_ = 0;
+    for (int i = 0; i < count(); ++i) {
+      if (i != current_) warps_[threads_[i].warp].ready.push_back(i);
+    }
+    give_way();
+  }
+
+  // Waits until all lanes of `mask` are here; the last one calls act(slots), each lane's slot being its `slot`.
+  template <class Act>
+  void meet(const char* name, uint32_t mask, void* slot, Act act) {
+    Thread& me = self();
+    Warp& warp = warps_[me.warp];
+    const int lanes = std::min(kWarp, count() - me.warp * kWarp);
+    if (lanes < kWarp) mask &= (1u << lanes) - 1;
+    if (!(mask >> me.lane & 1)) fail(name, ": lane ", me.lane, " is not in its own mask");
+    auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const Meeting& m) { return m.mask & mask; });
+    if (meeting == warp.meetings.end()) {
+      warp.meetings.push_back({name, mask, 0, {}});
+      meeting = std::prev(warp.meetings.end());
+    }
+    if (meeting->mask != mask || std::strcmp(meeting->name, name) != 0) {
+      fail("lanes of one warp diverge: ", meeting->name, " and ", name, " with other masks or in another order");
+    }
+    meeting->arrived |= 1u << me.lane;
+    meeting->slots[me.lane] = slot;
+    if (meeting->arrived != mask) {
+      me.waits_at = name;
+      return me.fiber.suspend();
+    }
+    const auto slots = meeting->slots;
+    warp.meetings.erase(meeting);
+    act(slots);
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (mask >> lane & 1 && lane != me.lane) warp.ready.push_back(me.warp * kWarp + lane);
+    }
+    give_way();
+  }
+
+  dim3 grid, size, index;
+
+ private:
+  static void enter(void* block) {
+    Block& self = *static_cast<Block*>(block);
+    try {
+      self.body_();
+      for (auto& group : self.self().groups) finish(group);
+      finish(self.self().open);
+    } catch (...) {
+      self.error_ = std::current_exception();
+    }
+    self.self().done = true;
+    ++self.finished_;
+  }
+
+  static void finish(const std::vector<Copy>& copies) {
+    for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
+  }
+
+  int pick() {
+    int chosen = -1, seen = 0;
+    for (int w = 0; w < static_cast<int>(warps_.size()); ++w) {
+      if (warps_[w].ready.empty()) continue;
+      ++seen;
+      if (chosen < 0 || (fair_ ? random_() % seen == 0 : warps_[w].priority > warps_[chosen].priority)) chosen = w;
+    }
+    if (chosen < 0) return -1;
+    auto& ready = warps_[chosen].ready;
+    std::swap(ready[random_() % ready.size()], ready.back());
+    const int thread = ready.back();
+    ready.pop_back();
+    return thread;
+  }
+
+  void report_deadlock(unsigned block) {
+    std::ostringstream text;
+    text << "block " << block << ": no thread can go on;";
+    std::vector<std::string> seen;
+    for (const Thread& t : threads_) seen.push_back(t.done ? "have returned" : std::string("wait at ") + (t.waits_at ? t.waits_at : "?"));
+    std::sort(seen.begin(), seen.end());
+    for (auto it = seen.begin(); it != seen.end();) {
+      auto next = std::upper_bound(it, seen.end(), *it);
+      text << " " << next - it << " threads " << *it << ";";
+      it = next;
+    }
+    error_ = std::make_exception_ptr(Error(text.str()));
+  }
+
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  int shared_bytes_;
+  std::minstd_rand random_;
+  std::function<void()> body_;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  Range statics_;
+  std::unique_ptr<char, Free> dynamic_;
+  std::exception_ptr error_;
+  bool fair_ = true;
+  int current_ = 0, at_barrier_ = 0, finished_ = 0;
+};
+
+// Reports of the undefined-behaviour sanitizer since the launch began (0 without the sanitizer).
+inline int undefined_reports = 0;
+
+// Stands in for the host launcher: the same call, on the CPU. The order of the blocks is drawn from the seed too.
+struct Launcher {
+  uint64_t seed = 0;
+
+  template <class... Parameters>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, std::type_identity_t<Parameters>... arguments) const {
+    if (blocks == 0) return;
+    if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) fail("a launch of ", blocks, " blocks");
+    if (threads < 1 || threads > 1024) fail("a launch of ", threads, " threads a block");
+    if (shared_bytes > 99 * 1024) fail("a launch with ", shared_bytes, " bytes of shared memory; sm_86, sm_89 and sm_120 have 101376");
+    static std::mutex one_launch;
+    std::lock_guard lock(one_launch);
+    undefined_reports = 0;
+    std::exception_ptr error;
+    // A thread of its own: `__shared__` variables are thread-local, and nothing else of the process is in its copy of them.
+    std::thread worker([&] {
+      try {
+        Block block(static_cast<unsigned>(blocks), threads, shared_bytes, seed * 2 + 1, [&] { kernel(arguments...); });
+        std::vector<unsigned> order(blocks);
+        std::iota(order.begin(), order.end(), 0u);
+        std::shuffle(order.begin(), order.end(), std::minstd_rand(seed + 1));
+        for (unsigned b : order) block.run(b);
+      } catch (...) {
+        error = std::current_exception();
+      }
+    });
+    worker.join();
+    if (error) std::rethrow_exception(error);
+    if (undefined_reports) fail(undefined_reports, " reports of undefined behaviour (printed on stderr)");
+  }
+};
+
+}  // namespace simt
+
+#include "device.h"
