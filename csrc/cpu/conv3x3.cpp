@@ -1,0 +1,86 @@
+// fastsr::conv3x3 on a CPU: every row of every image is one job of the convolution engine, shared out over torch's threads.
+//
+// out and residual may be the same tensor; x shares no element with out.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/conv3x3_args.h"
+#include "cpu/conv_driver.h"
+
+namespace fastsr::cpu {
+namespace {
+
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "conv3x3: dtype ", torch::headeronly::toString(type), "; expected float32, bfloat16 or float16");
+  return Element::f32;
+}
+
+// Offsets of the packed output channels within the r x r pixels that PixelShuffle makes of one.
+std::vector<int64_t> shuffled_lanes(const Conv3x3Args& a, const fastsr::Pixels& strides) {
+  const int64_t r = a.pixel_shuffle, channels = a.cout / (r * r);
+  std::vector<int64_t> lanes(a.cout);
+  for (int64_t p = 0; p < a.cout; ++p) {
+    const int64_t s = p / channels;
+    lanes[p] = s / r * strides.h + s % r * strides.w + p % channels;
+  }
+  return lanes;
+}
+
+const char* offset(const void* data, int64_t elements, int64_t size) { return static_cast<const char*>(data) + elements * size; }
+
+void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, Tensor out,
+             double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle) {
+  const Conv3x3Args a = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
+  const Element type = element_of(x.scalar_type());
+  if (a.batch * a.height * a.width * a.cout == 0) return;
+  const Kernel& kernel = choose_kernel(type);
+  const int64_t size = type == Element::f32 ? 4 : 2, r = a.pixel_shuffle;
+
+  thread_local Buffer weights;
+  PackedConv conv = packed_conv(kernel, a.cout, a.cin, weights.reserve(packed_bytes(kernel, a.cout, a.cin)));
+  const WeightView view{weight.const_data_ptr(), type, weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  pack_weights(kernel, conv, view, 0, a.cin, r);
+  pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, r);
+
+  std::vector<int64_t> out_lanes, skip_lanes;
+  if (r > 1) out_lanes = shuffled_lanes(a, a.out);
+  if (r > 1 && residual) skip_lanes = shuffled_lanes(a, a.residual);
+  const RowInput::Layout layout{x.const_data_ptr(), type, a.x.n, a.x.h, a.x.w, a.cin, x.size(2), x.size(3), a.upsample};
+  void* to = out.mutable_data_ptr();
+  const void* skip = residual ? residual->const_data_ptr() : nullptr;
+
+  const int64_t work = a.width * a.cin * a.cout * 9;  // multiply-adds of a row; a thread is worth waking for some 100,000
+  torch::stable::parallel_for(0, a.batch * a.height, std::max<int64_t>(1, 100000 / work), [&](int64_t begin, int64_t end) {
+    thread_local Buffer rows;
+    RowInput input(kernel, layout, rows);
+    RowJob job{};
+    job.conv = &conv;
+    job.begin = 0, job.end = a.width;
+    job.out_pixel = a.out.w * r;
+    job.epilogue.slope = a.negative_slope, job.epilogue.scale = a.scale;
+    job.epilogue.skip_pixel = a.residual.w * r;
+    job.epilogue.out_lanes = r > 1 ? out_lanes.data() : nullptr;
+    job.epilogue.skip_lanes = r > 1 && skip ? skip_lanes.data() : nullptr;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / a.height, y = i % a.height;
+      input.set(job, n, y);
+      job.out = const_cast<char*>(offset(to, n * a.out.n + y * r * a.out.h, size));
+      if (skip) job.epilogue.skip = offset(skip, n * a.residual.n + y * r * a.residual.h, size);
+      kernel.row[static_cast<int>(type)](job);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastsr::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastsr, CPU, m) { m.impl("conv3x3", TORCH_BOX(&fastsr::cpu::conv3x3)); }

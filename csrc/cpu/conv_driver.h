@@ -1,0 +1,79 @@
+// What an operator needs around the engine of conv_engine.h: the choice of kernel, packing, and the input's rows.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/conv_engine.h"
+
+namespace fastsr::cpu {
+
+// The kernel for tensors of this dtype on the instruction set in use.
+const Kernel& choose_kernel(Element dtype);
+
+// Memory that grows and is kept; its start is aligned to a cache line.
+class Buffer {
+ public:
+  void* reserve(int64_t bytes);
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  int64_t bytes_ = 0;
+};
+
+// A weight tensor (O, C, 3, 3) by its strides in elements. A backward pass swaps those of o and c, and flips the taps by
+// negative strides of h and w from the last tap on.
+struct WeightView {
+  const void* data;
+  Element type;
+  int64_t o, c, h, w;
+};
+
+// Bytes of a packed convolution, and its parts laid out in such a buffer (64-byte aligned). Filled by
+// `pack_weights` and `pack_bias`.
+int64_t packed_bytes(const Kernel& kernel, int64_t cout, int64_t cin);
+PackedConv packed_conv(const Kernel& kernel, int64_t cout, int64_t cin, void* storage);
+
+// Fill input channels [channel, channel + channels) from `weight`, and with zeros up to the next multiple of the kernel's unit
+// (so parts are packed in ascending order). With pixel_shuffle r, output channel o * r^2 + s is put at s * (cout / r^2) + o, so
+// that the channels of a pixel lie side by side. Runs on torch's threads.
+void pack_weights(const Kernel& kernel, const PackedConv& conv, const WeightView& weight, int64_t channel, int64_t channels,
+                  int64_t pixel_shuffle = 1);
+void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, Element type, int64_t stride,
+               int64_t pixel_shuffle = 1);
+
+// The rows of an input as a kernel wants them. Where dtype, upsampling or padding of channels forbid reading them in place,
+// the last three rows are kept converted; one object per thread and convolution.
+class RowInput {
+ public:
+  struct Layout {
+    const void* data;
+    Element type;
+    int64_t n, h, w;  // strides in elements
+    int64_t channels, height, width;  // of the stored picture
+    int upsample;
+  };
+
+  RowInput(const Kernel& kernel, const Layout& layout, Buffer& buffer);
+
+  // Set the input fields of `job` for row y of image n of the (upsampled) picture.
+  void set(RowJob& job, int64_t n, int64_t y);
+
+  // Forget converted rows, after the input's values have changed.
+  void forget();
+
+ private:
+  const char* stored(int64_t n, int64_t y) const;
+  void convert(char* to, const char* from) const;
+  void copy_edges(char* to, const char* from) const;
+
+  const Kernel& kernel_;
+  Layout in_;
+  int64_t padded_, width_;         // channels, and pixels of a row as the kernel sees it
+  int64_t type_bytes_, operand_bytes_;
+  bool converted_, edges_;
+  char* slots_[3];
+  int64_t keys_[3];
+};
+
+}  // namespace fastsr::cpu
