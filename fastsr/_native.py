@@ -43,6 +43,15 @@ missing: str | None = _load()
 build: dict[str, Any] = {} if missing else json.loads(torch.ops.fastsr.build_info())
 
 
+def offers(*operators: str) -> bool:
+    """True if the library holds these operators. One that lacks any was built from older sources and counts as missing."""
+    global missing
+    absent = [name for name in operators if missing is None and not hasattr(torch.ops.fastsr, name)]
+    if absent:
+        missing = f"{PATH} was built from other sources (it has no {absent[0]}); build it again"
+    return missing is None
+
+
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use now; None without the library."""
     return None if missing else torch.ops.fastsr.cpu_isa()

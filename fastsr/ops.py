@@ -1,5 +1,6 @@
 """The operators. Each is documented at its own function; `fastsr info` tells which backend runs it here."""
 
 from fastsr.kernels.conv3x3.op import conv3x3
+from fastsr.kernels.dense_block.op import dense_block
 
-__all__ = ["conv3x3"]
+__all__ = ["conv3x3", "dense_block"]

@@ -25,7 +25,7 @@ namespace fastsr::cpu::amx {
 #include "cpu/wgrad_kernel.h"
 
 constexpr int64_t kDepth = 32;  // pixels of a product
-constexpr int64_t kMaxColumns = 254, kSegment = 384;
+constexpr int64_t kMaxColumns = 254, kSegment = 260;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -196,7 +196,7 @@ static void run_tiles(const WeightGradientTask& task) {
   char *x = scratch + plan.x_at, *g = scratch + plan.g_at;
   __builtin_memset(scratch, 0, t.pixels_at);
   __asm__ volatile("ldtilecfg %0" ::"m"(kConfig));
-  const int64_t row_bytes = t.pitch * 2 * LANES, shares = plan.blocks * (task.last_tap - task.first_tap);
+  const int64_t row_bytes = t.pitch * 2 * LANES;
   Place at{0, 0, 0, 0, 0};
   set_place(task, plan, &at);
   while (task.batch > 0 && task.height > 0 && at.begin < task.width) {
@@ -213,16 +213,8 @@ static void run_tiles(const WeightGradientTask& task) {
       pair_row(task, t, inside ? picture + y * task.x.h : nullptr, at, pixels, x + (y - at.top + 1) * row_bytes);
     }
     transpose_gradient(task, t, at, pixels, g, bias);
-    const Place next = following(task, plan, at);
-    Place ahead = next;
-    if (next.top > 0) ahead.top = at_most(next.top + 1, task.height), ahead.bottom = at_most(next.bottom + 1, task.height);
-    int64_t share = 0;
     for (int64_t block = 0; block < plan.blocks; ++block) {
-      for (int64_t dy = task.first_tap; dy < task.last_tap; ++dy, ++share) {
-        if (next.begin < task.width) {
-          prefetch<BFloat16>(task.x, task.channels, ahead, share, shares);
-          prefetch<BFloat16>(task.g, task.outputs, next, share, shares);
-        }
+      for (int64_t dy = task.first_tap; dy < task.last_tap; ++dy) {
         for (int64_t o = 0; o < task.outputs; o += BLOCK) {
           for (int64_t dx = 0; dx < 3; ++dx) {
             const char *a = g + o * t.g_row + 64 - 2 * dx, *b = x + block * 2 * t.x_half + dy * row_bytes;
@@ -232,7 +224,7 @@ static void run_tiles(const WeightGradientTask& task) {
         }
       }
     }
-    at = next;
+    at = following(task, plan, at);
   }
   _tile_release();
   in_order(sums, plan.blocks * 9 * plan.sums_tap / BLOCK);

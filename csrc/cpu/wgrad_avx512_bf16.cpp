@@ -51,19 +51,15 @@ FASTSR_INLINE void read_input(Pairs, const BFloat16* from, int64_t stride, int64
   }
 }
 
-FASTSR_INLINE void read_gradient(Pairs, const WeightGradientTask& task, const BFloat16* from, int64_t begin, int64_t end, int64_t step, char* to, float* bias) {
-  for (int64_t o = 0; o < task.outputs; o += LANES) {
-    const __mmask16 lanes = first(lanes_left(task.outputs, o));
-    const BFloat16* p = from + o;
-    char* out = to + o * kStepBytes;
-    Vector sum = set1(0.f);
-    for (int64_t c = begin; c < end; c += 2, out += step) {  // a pixel beyond the segment belongs to the next one
-      const __m512i a = low_halves(p, c, task.g.w, end, lanes), b = low_halves(p, c + 1, task.g.w, end, lanes);
-      _mm512_storeu_si512(out, pair(a, b));
-      sum = add(sum, add(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16))));
-    }
-    store(bias + o, add(load(bias + o), sum));
+FASTSR_INLINE void read_gradient(Pairs, const BFloat16* from, int64_t stride, int64_t pixels, int count, char* to, float* bias) {
+  const __mmask16 lanes = first(count);
+  Vector sum = set1(0.f);
+  for (int64_t c = 0; c < pixels; c += 2, to += count * kStepBytes) {  // a pixel beyond the segment belongs to the next one
+    const __m512i a = low_halves(from, c, stride, pixels, lanes), b = low_halves(from, c + 1, stride, pixels, lanes);
+    _mm512_storeu_si512(to, pair(a, b));
+    sum = add(sum, add(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16))));
   }
+  store_as(bias, add(load_as(bias, count), sum), count);
 }
 
 FASTSR_INLINE void set_steps(Pairs, Segment& s, int64_t dx, int64_t begin, int64_t end, int64_t, int64_t x_step) {

@@ -27,8 +27,8 @@ struct Floats {
 };
 
 constexpr int VECTORS = 2, BLOCK = VECTORS * LANES;
-constexpr int OUTPUTS = LANES == 16 ? 14 : LANES == 8 ? 6 : 5;
-constexpr int64_t kMaxOutputs = 64, kMaxChannels = 3 * BLOCK, kPixels = 200, kStepBytes = 4;
+constexpr int OUTPUTS = LANES == 16 ? 14 : LANES == 8 ? 6 : 4;
+constexpr int64_t kMaxOutputs = 64, kMaxChannels = 3 * BLOCK, kPixels = 160, kStepBytes = 4;
 
 FASTSR_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTSR_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -39,31 +39,35 @@ struct Plan {
   int64_t columns, rows;    // of a segment
   int64_t ring;             // rows of x in scratch
   int64_t blocks;           // of input channels
-  int64_t x_row, g_row;     // bytes of a row in scratch
+  int64_t groups;           // of output channels
+  int64_t x_row, steps;     // bytes of a row of x in scratch, steps of a row of g
   int64_t x_block;          // bytes of a block's rows of x
-  int64_t g_step, sums_tap; // bytes of g per step, floats of the sums per tap
+  int64_t sums_tap;         // floats of the sums per tap
   int64_t x_at, g_at, bias_at, bytes;
 };
 
 template <class Op>
 static Plan plan_task(const WeightGradientTask& task) {
   Plan p;
-  const int64_t padded = (task.outputs + LANES - 1) / LANES * LANES;
   p.columns = in_parts(task.width, kPixels);
   p.rows = in_parts(task.height, at_least(1, kPixels / p.columns));
   p.ring = p.rows + 2;
   p.blocks = (task.channels + BLOCK - 1) / BLOCK;
-  p.g_step = padded * kStepBytes;
-  const int64_t steps = (p.columns + Op::kUnit - 1) / Op::kUnit;
-  p.g_row = steps * p.g_step;
-  p.x_row = (Op::kUnit == 1 ? p.columns + 2 : 2 * steps + 1) * BLOCK * kStepBytes;
+  p.groups = (task.outputs + OUTPUTS - 1) / OUTPUTS;
+  p.steps = (p.columns + Op::kUnit - 1) / Op::kUnit;
+  p.x_row = (Op::kUnit == 1 ? p.columns + 2 : 2 * p.steps + 1) * BLOCK * kStepBytes;
   p.sums_tap = task.outputs * BLOCK;
   p.x_block = p.ring * p.x_row;
   p.x_at = p.blocks * 9 * p.sums_tap * 4;
   p.g_at = p.x_at + p.blocks * p.x_block;
-  p.bias_at = p.g_at + p.rows * p.g_row;
-  p.bytes = p.bias_at + padded * 4;
+  p.bias_at = p.g_at + p.rows * p.steps * task.outputs * kStepBytes + LANES * 4;  // the last vector stored reaches beyond its group
+  p.bytes = p.bias_at + task.outputs * 4;
   return p;
+}
+
+// The first output channel of a group.
+FASTSR_INLINE int64_t group_begin(const WeightGradientTask& task, const Plan& plan, int64_t group) {
+  return group * (task.outputs / plan.groups) + at_most(group, task.outputs % plan.groups);
 }
 
 // Rows of a segment, for one tap.
@@ -156,14 +160,11 @@ FASTSR_INLINE void read_input(Floats, const T* from, int64_t stride, int64_t wid
   }
 }
 
-// Copies columns [begin, end) of a row of g, and adds them to the bias's gradient.
+// Copies a row of `count` channels of g side by side, and adds it to the bias's gradient.
 template <class T>
-FASTSR_INLINE void read_gradient(Floats, const WeightGradientTask& task, const T* from, int64_t begin, int64_t end, int64_t step, char* to, float* bias) {
-  for (int64_t o = 0; o < task.outputs; o += LANES) {
-    float* out = reinterpret_cast<float*>(to) + o;
-    const Vector sum = copy_pixels(from + begin * task.g.w + o, task.g.w, end - begin, lanes_left(task.outputs, o), out, step / kStepBytes);
-    store(bias + o, add(load(bias + o), sum));
-  }
+FASTSR_INLINE void read_gradient(Floats, const T* from, int64_t stride, int64_t pixels, int count, char* to, float* bias) {
+  const Vector sum = copy_pixels(from, stride, pixels, count, reinterpret_cast<float*>(to), count);
+  store_as(bias, add(load_as(bias, count), sum), count);
 }
 
 // Sets the steps of tap column dx: where x and g begin in their rows, and how many there are.
@@ -193,49 +194,23 @@ FASTSR_INLINE Place following(const WeightGradientTask& task, const Plan& plan, 
   return p;
 }
 
-// Brings a share of a segment's pixels to the L2 cache. They lie apart, so that the hardware does not foresee them all.
-template <class T>
-static void prefetch(const GradientView& from, int64_t channels, const Place& p, int64_t share, int64_t shares) {
-  const int64_t width = p.end - p.begin, pixels = (p.bottom - p.top) * width;
-  const int64_t last = (share + 1) * pixels / shares, bytes = channels * static_cast<int64_t>(sizeof(T));
-  int64_t i = share * pixels / shares;
-  const char* row = static_cast<const char*>(from.data) + (p.n * from.n + p.top * from.h + p.begin * from.w) * static_cast<int64_t>(sizeof(T));
-  int64_t y = i / width, x = i % width;
-  for (; i < last; ++i) {
-    const char* pixel = row + (y * from.h + x * from.w) * static_cast<int64_t>(sizeof(T));
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(pixel + b, 0, 2);
-    __builtin_prefetch(pixel + bytes - 1, 0, 2);
-    if (++x == width) x = 0, ++y;
-  }
-}
-
-// Adds a segment; meanwhile fetches the next.
-template <class Op, class T>
-static void add_segment(const WeightGradientTask& task, const Plan& plan, const Place& at, const Place& next) {
+template <class Op>
+static void add_segment(const WeightGradientTask& task, const Plan& plan, const Place& at) {
   char* scratch = static_cast<char*>(task.scratch);
-  const int64_t groups = (task.outputs + OUTPUTS - 1) / OUTPUTS, wide = task.outputs % groups, narrow = task.outputs / groups;
-  const int64_t shares = plan.blocks * (task.last_tap - task.first_tap) * groups;
-  int64_t share = 0;
-  Place ahead = next;  // the rows of x that come in then: one further down, except at the image's top
-  if (next.top > 0) ahead.top = at_most(next.top + 1, task.height), ahead.bottom = at_most(next.bottom + 1, task.height);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int vectors = task.channels - block * BLOCK > LANES ? 2 : 1;
     for (int64_t dy = task.first_tap; dy < task.last_tap; ++dy) {
       const int64_t first = at_least(at.top, 1 - dy), last = at_most(at.bottom, task.height + 1 - dy);
-      for (int64_t group = 0, o = 0; group < groups; ++group, ++share) {
-        const int64_t outputs = narrow + (group < wide);
-        if (next.begin < task.width) {
-          prefetch<T>(task.x, task.channels, ahead, share, shares);
-          prefetch<T>(task.g, task.outputs, next, share, shares);
-        }
+      for (int64_t group = 0; group < plan.groups; ++group) {
+        const int64_t o = group_begin(task, plan, group), outputs = group_begin(task, plan, group + 1) - o;
+        const int64_t g_step = outputs * kStepBytes, g_row = plan.steps * g_step;
+        const char* g = scratch + plan.g_at + plan.rows * plan.steps * o * kStepBytes + (first - at.top) * g_row;
         for (int64_t dx = 0; dx < 3 && first < last; ++dx) {
-          Segment s{scratch + plan.x_at + block * plan.x_block, scratch + plan.g_at + (first - at.top) * plan.g_row + o * kStepBytes,
-                    plan.x_row, plan.g_row, plan.g_step, (first + dy - 1) % plan.ring, plan.ring, last - first, 0};
+          Segment s{scratch + plan.x_at + block * plan.x_block, g, plan.x_row, g_row, g_step, (first + dy - 1) % plan.ring, plan.ring, last - first, 0};
           set_steps(Op(), s, dx, at.begin, at.end, task.width, vectors * LANES * kStepBytes);
           float* sums = reinterpret_cast<float*>(scratch) + (block * 9 + dy * 3 + dx) * plan.sums_tap + o * vectors * LANES;
           vectors == 1 ? run_tile<Op, 1>(outputs, s, sums) : run_tile<Op, VECTORS>(outputs, s, sums);
         }
-        o += outputs;
       }
     }
   }
@@ -246,19 +221,26 @@ template <class T>
 static void write_sums(const WeightGradientTask& task, const float* all_sums, int64_t tap, int64_t narrow, const float* bias) {
   const Vector scale = set1(task.scale);
   const int64_t first = task.first_tap * 3, taps = task.last_tap * 3 - first;
-  for (int64_t o = 0; o < task.outputs; ++o) {
-    T* to = static_cast<T*>(task.dweight) + o * task.output_stride;
-    for (int64_t c = 0; c < task.channels; ++c) {
-      const int64_t block = c / BLOCK, width = task.channels - block * BLOCK > LANES ? BLOCK : narrow;
-      const float* sums = all_sums + block * 9 * tap + o * width + c % BLOCK;
-      alignas(64) float all[16] = {};
-      for (int64_t t = 0; t < taps; ++t) all[t] = sums[(first + t) * tap];
-      for (int64_t t = 0; t < taps; t += LANES) store_as(to + c * 9 + first + t, mul(load(all + t), scale), lanes_left(taps, t));
+  alignas(64) float turned[BLOCK * 9 + LANES] = {};
+  for (int64_t block = 0; block * BLOCK < task.channels; ++block) {
+    const int64_t channels = at_most(BLOCK, task.channels - block * BLOCK), width = channels > LANES ? BLOCK : narrow;
+    // With all taps the channels' values lie end to end, else each channel is a run of its own.
+    const int64_t runs = taps == 9 ? 1 : channels, length = channels * taps / runs;
+    for (int64_t o = 0; o < task.outputs; ++o) {
+      const float* sums = all_sums + (block * 9 + first) * tap + o * width;
+      for (int64_t t = 0; t < taps; ++t, sums += tap) {
+        for (int64_t c = 0; c < channels; ++c) turned[c * taps + t] = sums[c];
+      }
+      T* to = static_cast<T*>(task.dweight) + o * task.output_stride + block * BLOCK * 9 + first;
+      for (int64_t run = 0; run < runs; ++run, to += 9) {
+        for (int64_t i = 0; i < length; i += LANES) store_as(to + i, mul(load(turned + run * length + i), scale), lanes_left(length, i));
+      }
     }
   }
   if (!task.dbias) return;
   for (int64_t o = 0; o < task.outputs; o += LANES) {
-    store_as(static_cast<T*>(task.dbias) + o, mul(load(bias + o), scale), lanes_left(task.outputs, o));
+    const int count = lanes_left(task.outputs, o);
+    store_as(static_cast<T*>(task.dbias) + o, mul(load_as(bias + o, count), scale), count);
   }
 }
 
@@ -281,12 +263,16 @@ static void run_task(const WeightGradientTask& task) {
         read_input(Op(), x + loaded * task.x.h + b * BLOCK, task.x.w, task.width, task.channels - b * BLOCK, at.begin, at.end, to);
       }
     }
-    for (int64_t y = at.top; y < at.bottom; ++y) {
-      read_gradient(Op(), task, g + y * task.g.h, at.begin, at.end, plan.g_step, scratch + plan.g_at + (y - at.top) * plan.g_row, bias);
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      const int64_t o = group_begin(task, plan, group), count = group_begin(task, plan, group + 1) - o;
+      char* to = scratch + plan.g_at + plan.rows * plan.steps * o * kStepBytes;
+      for (int64_t y = at.top; y < at.bottom; ++y, to += plan.steps * count * kStepBytes) {
+        const T* from = g + y * task.g.h + at.begin * task.g.w + o;
+        read_gradient(Op(), from, task.g.w, at.end - at.begin, static_cast<int>(count), to, bias + o);
+      }
     }
-    const Place next = following(task, plan, at);
-    add_segment<Op, T>(task, plan, at, next);
-    at = next;
+    add_segment<Op>(task, plan, at);
+    at = following(task, plan, at);
   }
   write_sums<T>(task, reinterpret_cast<const float*>(scratch), plan.sums_tap, LANES, bias);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[in
         raise ValueError(f"{op}: {name} has shape {shape}; expected ({wanted}) = {meaning}")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast casts the arguments of `conv2d`: float32 and low precisions, never float64."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast tensors (or None) as autocast casts the arguments of `conv2d`: float32 and low precisions, never float64."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

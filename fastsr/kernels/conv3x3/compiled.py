@@ -23,7 +23,7 @@ def conv3x3_into(
     torch.ops.fastsr.conv3x3(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle)
 
 
-if _native.missing is None:
+if _native.offers("conv3x3"):
 
     @torch.library.register_fake("fastsr::conv3x3")
     def _(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle):  # type: ignore[no-untyped-def]

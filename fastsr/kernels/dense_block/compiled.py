@@ -54,7 +54,7 @@ def backward_into(
     )
 
 
-if _native.missing is None:
+if _native.offers("dense_block", "dense_block_features", "dense_block_backward"):
 
     @torch.library.register_fake("fastsr::dense_block")
     def _(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale):  # type: ignore[no-untyped-def]
