@@ -6,15 +6,19 @@ Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr.backends import Backend
 from fastsr.nn import RRDB, Conv3x3, Module, needs_grad
-from fastsr.nn.rrdb import NEGATIVE_SLOPE
+from fastsr.nn.rrdb import NEGATIVE_SLOPE, Save
 
-#: scale -> (pixel-unshuffle factor before the trunk, number of x2 steps in the tail)
-SCALES = {1: (4, 2), 2: (2, 2), 4: (1, 2), 8: (1, 3), 16: (1, 4)}
+SCALES = (1, 2, 4, 8, 16)
+
+#: scale -> BasicSR's pixel-unshuffle factor before the trunk; 1 where it is not named
+UNSHUFFLE = {1: 4, 2: 2}
 
 
 class RRDBNet(Module):
@@ -22,16 +26,16 @@ class RRDBNet(Module):
 
     For an LR image x (N, `num_in_ch`, H, W):
 
-        1. u        = x, or its pixel-unshuffle by 2 (`scale` 2) or 4 (`scale` 1)
+        1. u        = x, or its pixel-unshuffle by `unshuffle`
         2. f        = conv_first(u)
         3. features = conv_body(RRDB_num_block(... RRDB_1(f))) + f                       the trunk
         4. z        = features; then for each x2 step k: z = leaky_relu(conv_up_k(nearest_x2(z)), 0.2)
         5. y        = conv_last(leaky_relu(conv_hr(z), 0.2))                             4 and 5 are the tail
 
-    `scale` 4 has two x2 steps. For 2 and 1 the same network runs on the pixel-unshuffled image, which is first padded
-    to a multiple of 2 or 4 (by reflection, or by its edge where the image is too small for that); the result is
-    cropped. 8 and 16 are this package's continuation, which BasicSR does not have: a third and a fourth x2 step with the
-    convolutions `conv_up3` and `conv_up4`.
+    There are log2(`scale` * `unshuffle`) x2 steps: two for BasicSR's scales 4, 2 and 1, the last two of which run the
+    x4 network on the pixel-unshuffled image. That is first padded to a multiple of `unshuffle` (by reflection, or by its
+    edge where the image is too small for that); the result is cropped. 8 and 16 are this package's continuation, which
+    BasicSR does not have: a third and a fourth x2 step with the convolutions `conv_up3` and `conv_up4`.
 
     Without gradients the trunk runs in two workspaces and two further buffers, whatever the number of blocks; they
     live for one call, and the returned tensor shares memory with nothing.
@@ -44,6 +48,11 @@ class RRDBNet(Module):
         num_block: number of RRDBs.
         num_grow_ch: growth of the dense blocks.
         backend: "auto", "compiled", "triton" or "reference"; the attribute `backend` may be set later too.
+        unshuffle: 1, 2 or 4; None for BasicSR's choice, which is 2 for scale 2, 4 for scale 1, else 1. Older networks of
+            scale 2 and 1 have 1, with one x2 step and with none.
+        plus: the dense blocks of ESRGAN+ (`fastsr.nn.ResidualDenseBlockPlus`).
+        save: what the dense blocks keep for backward: "all" (192 values a pixel and block at the usual sizes) or "input"
+            (64, and the four growing convolutions are computed once more in backward).
 
     Raises:
         ValueError: a scale or a size that does not exist.
@@ -58,21 +67,28 @@ class RRDBNet(Module):
         num_block: int = 23,
         num_grow_ch: int = 32,
         backend: Backend = "auto",
+        *,
+        unshuffle: int | None = None,
+        plus: bool = False,
+        save: Save = "all",
     ) -> None:
         super().__init__(backend)
         if scale not in SCALES:
             raise ValueError(f"RRDBNet: scale is {scale!r}; expected one of {', '.join(map(str, SCALES))}")
+        if unshuffle not in (None, 1, 2, 4):
+            raise ValueError(f"RRDBNet: unshuffle is {unshuffle!r}; expected 1, 2, 4 or None")
         sizes = {"num_in_ch": num_in_ch, "num_out_ch": num_out_ch, "num_feat": num_feat, "num_block": num_block, "num_grow_ch": num_grow_ch}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"RRDBNet: {name} is {size!r}; expected at least 1")
         self.num_in_ch, self.num_out_ch, self.scale = num_in_ch, num_out_ch, scale
         self.num_feat, self.num_block, self.num_grow_ch = num_feat, num_block, num_grow_ch
-        self.unshuffle, steps = SCALES[scale]
+        self.unshuffle = UNSHUFFLE.get(scale, 1) if unshuffle is None else unshuffle
+        self.plus, self.num_up = plus, (scale * self.unshuffle).bit_length() - 1
         self.conv_first = Conv3x3(num_in_ch * self.unshuffle**2, num_feat, backend=backend)
-        self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch, backend) for _ in range(num_block)))
+        self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch, backend, plus=plus, save=save) for _ in range(num_block)))
         self.conv_body = Conv3x3(num_feat, num_feat, backend=backend)
-        for k in range(1, steps + 1):
+        for k in range(1, self.num_up + 1):
             self.add_module(f"conv_up{k}", Conv3x3(num_feat, num_feat, backend=backend))
         self.conv_hr = Conv3x3(num_feat, num_feat, backend=backend)
         self.conv_last = Conv3x3(num_feat, num_out_ch, backend=backend)
@@ -88,8 +104,11 @@ class RRDBNet(Module):
         if x.dim() != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[1:]:
             raise ValueError(f"RRDBNet: x has shape {tuple(x.shape)}; expected (N, {self.num_in_ch}, H, W) with at least one pixel")
         h, w = x.shape[2:]
-        y = self.tail(self.trunk(self._unshuffled(x)))
-        return y[:, :, : h * self.scale, : w * self.scale]
+        return self.tail(self.features(x))[:, :, : h * self.scale, : w * self.scale]
+
+    def features(self, x: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
+        """Steps 1 to 3; at inference `progress` is told after each block which part of them is done."""
+        return self.trunk(self._unshuffled(x), progress)
 
     def _unshuffled(self, x: Tensor) -> Tensor:
         """Step 1, with the padding that it needs."""
@@ -104,25 +123,43 @@ class RRDBNet(Module):
         # not F.pixel_unshuffle, which hands back an empty batch unchanged
         return x.reshape(n, c, h // r, r, w // r, r).permute(0, 1, 3, 5, 2, 4).reshape(n, c * r * r, h // r, w // r)
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def trunk(self, x: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
         """Steps 2 and 3: the (unshuffled) image -> features (N, num_feat, H, W), channels-last."""
         f = self.conv_first(x)
         if needs_grad(self, x):
             return self.conv_body(self.body(f), residual=f)
         front, back, skip = self.body[0].scratch(f)  # type: ignore[operator]
         front[:, : self.num_feat] = f
-        for block in self.body:
+        for done, block in enumerate(self.body, 1):
             front, back = block.run_in(front, back, skip)  # type: ignore[operator]
+            if progress is not None:
+                progress(done / self.num_block)
         return self.conv_body(front[:, : self.num_feat], residual=f, out=skip)
 
     def tail(self, features: Tensor) -> Tensor:
         """Steps 4 and 5: features -> the (uncropped) result. A result pixel depends on the features at most two pixels away."""
         z = features
         del features  # so that the first step's input can go when the second runs
-        for k in range(1, SCALES[self.scale][1] + 1):
+        for k in range(1, self.num_up + 1):
             z = getattr(self, f"conv_up{k}")(z, upsample=2, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
         z = self.conv_hr(z, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
         return self.conv_last(z)
 
+    @property
+    def tail_scale(self) -> int:
+        """Result pixels along each side of a feature pixel, before the crop."""
+        return 2**self.num_up
+
+    @property
+    def trunk_values(self) -> int:
+        """Values for each feature pixel that `features` holds at its peak."""
+        return 2 * (self.num_feat + 4 * self.num_grow_ch) + 2 * self.num_feat
+
+    @property
+    def tail_values(self) -> int:
+        """Values for each feature pixel that `tail` holds at its peak: the input and the output of `conv_hr`."""
+        return 2 * self.num_feat * self.tail_scale**2
+
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, num_block={self.num_block}, num_feat={self.num_feat}, num_grow_ch={self.num_grow_ch}"
+        special = f", unshuffle={self.unshuffle}" * (self.unshuffle > 1) + ", plus=True" * self.plus
+        return f"scale={self.scale}, num_block={self.num_block}, num_feat={self.num_feat}, num_grow_ch={self.num_grow_ch}{special}"

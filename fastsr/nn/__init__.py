@@ -1,6 +1,6 @@
 """Modules on top of the operators; parameter names and state dicts are those of the modules they stand for."""
 
 from fastsr.nn.module import Conv3x3, Module, needs_grad
-from fastsr.nn.rrdb import RRDB, ResidualDenseBlock
+from fastsr.nn.rrdb import RRDB, ResidualDenseBlock, ResidualDenseBlockPlus
 
-__all__ = ["RRDB", "Conv3x3", "Module", "ResidualDenseBlock", "needs_grad"]
+__all__ = ["RRDB", "Conv3x3", "Module", "ResidualDenseBlock", "ResidualDenseBlockPlus", "needs_grad"]

@@ -5,14 +5,20 @@ Source: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial N
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
+from fastsr import ops
 from fastsr.backends import Backend
 from fastsr.nn.module import Conv3x3, Module, empty_buffer, needs_grad
 
 NEGATIVE_SLOPE = 0.2
 RES_SCALE = 0.2
+
+#: What a dense block keeps for backward: its whole workspace, or its input alone, from which it recomputes the rest.
+Save = Literal["all", "input"]
 
 
 class ResidualDenseBlock(Module):
@@ -23,8 +29,8 @@ class ResidualDenseBlock(Module):
         1. g[k] = leaky_relu(conv_k(x, g[1], ..., g[k-1]), 0.2)          k = 1..4, G channels each
         2. y    = 0.2 * conv_5(x, g[1], ..., g[4]) + x                   F channels
 
-    Without gradients nothing is concatenated: one channels-last workspace holds x and all g, each convolution
-    reads a channel prefix of it and writes the slice that follows.
+    Nothing is concatenated: `fastsr.ops.dense_block` keeps x and all g in one channels-last workspace, of which each
+    convolution reads a channel prefix and writes the slice that follows.
 
     Parameters, their names and their initialisation are those of BasicSR: `conv1` to `conv5`.
 
@@ -32,11 +38,12 @@ class ResidualDenseBlock(Module):
         num_feat: channels of the input and the output.
         num_grow_ch: channels that each of the first four convolutions adds.
         backend: "auto", "compiled", "triton" or "reference".
+        save: what is kept for backward, "all" or "input"; also an attribute.
     """
 
-    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto") -> None:
+    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto", *, save: Save = "all") -> None:
         super().__init__(backend)
-        self.num_feat, self.num_grow_ch = num_feat, num_grow_ch
+        self.num_feat, self.num_grow_ch, self.save = num_feat, num_grow_ch, save
         self.conv1 = Conv3x3(num_feat, num_grow_ch, backend=backend)
         self.conv2 = Conv3x3(num_feat + num_grow_ch, num_grow_ch, backend=backend)
         self.conv3 = Conv3x3(num_feat + 2 * num_grow_ch, num_grow_ch, backend=backend)
@@ -57,20 +64,12 @@ class ResidualDenseBlock(Module):
     def _convs(self) -> tuple[Conv3x3, ...]:
         return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
-        if needs_grad(self, x):
-            return self._record(x)
-        workspace = empty_buffer(x, self.workspace_channels)
-        workspace[:, : self.num_feat] = x
-        return self.run_in(workspace)
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast).
 
-    def _record(self, x: Tensor) -> Tensor:
-        """The same with autograd, out of place."""
-        parts = [x]
-        for conv in self._convs[:4]:
-            parts.append(conv(torch.cat(parts, 1), activation="leaky_relu", negative_slope=NEGATIVE_SLOPE))
-        return self.conv5(torch.cat(parts, 1), scale=RES_SCALE, residual=x)
+        With `skip`, the input of the RRDB that this block ends, the result is 0.2 * y + skip.
+        """
+        return self._dense_block(x, skip, save=self.save)
 
     def run_in(self, workspace: Tensor, out: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """Inference in a workspace whose first `num_feat` channels hold x; the other channels are overwritten.
@@ -78,40 +77,79 @@ class ResidualDenseBlock(Module):
         Args:
             workspace: (N, workspace_channels, H, W), channels-last.
             out: where y goes: (N, num_feat, H, W), channels-last or a channel slice of such a tensor; None for a fresh tensor.
-            skip: the input of the RRDB that this block ends: the result is then 0.2 * y + skip. Overwritten.
+            skip: the input of the RRDB that this block ends: the result is then 0.2 * y + skip.
 
         Returns:
             `out`, or the fresh tensor.
         """
+        return self._dense_block(workspace[:, : self.num_feat], skip, workspace=workspace, out=out)
+
+    def _dense_block(self, x: Tensor, skip: Tensor | None, **options: Any) -> Tensor:
+        weights, biases = [conv.weight for conv in self._convs], [conv.bias for conv in self._convs]
+        return ops.dense_block(x, weights, biases, NEGATIVE_SLOPE, RES_SCALE, skip, RES_SCALE, backend=self.backend, **options)
+
+
+class ResidualDenseBlockPlus(ResidualDenseBlock):
+    """The dense block of ESRGAN+, with two further skips: steps 1 of `ResidualDenseBlock` become
+
+        g[2] = leaky_relu(conv_2(x, g[1]), 0.2) + conv1x1(x)
+        g[4] = leaky_relu(conv_4(x, g[1], g[2], g[3]), 0.2) + g[2]
+
+    `conv1x1` has no bias. `save` has no effect here: each convolution keeps its own input. The noise that ESRGAN+ adds while it trains is not part of this module.
+
+    Source: Rakotonirina and Rasoanaivo, "ESRGAN+: Further Improving Enhanced Super-Resolution Generative Adversarial
+    Network", 2020, arXiv 2001.08073.
+    """
+
+    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto", *, save: Save = "all") -> None:
+        super().__init__(num_feat, num_grow_ch, backend, save=save)
+        self.conv1x1 = nn.Conv2d(num_feat, num_grow_ch, 1, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if not needs_grad(self, x, skip):
+            workspace = empty_buffer(x, self.workspace_channels)
+            workspace[:, : self.num_feat] = x
+            return self.run_in(workspace, skip=skip)
+        parts = [x]
+        for k, conv in enumerate(self._convs[:4], 1):
+            residual = self.conv1x1(x) if k == 2 else parts[2] if k == 4 else None
+            parts.append(conv(torch.cat(parts, 1), activation="leaky_relu", negative_slope=NEGATIVE_SLOPE, residual=residual))
+        y = self.conv5(torch.cat(parts, 1), scale=RES_SCALE, residual=x)
+        return y if skip is None else y * RES_SCALE + skip
+
+    def run_in(self, workspace: Tensor, out: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         feat, grow = self.num_feat, self.num_grow_ch
-        for k, conv in enumerate(self._convs[:4]):
-            end = feat + k * grow
-            conv(workspace[:, :end], activation="leaky_relu", negative_slope=NEGATIVE_SLOPE, out=workspace[:, end : end + grow])
-        x = workspace[:, :feat]
+        x, second = workspace[:, :feat], workspace[:, feat + grow : feat + 2 * grow]
+        for k, conv in enumerate(self._convs[:4], 1):
+            seen, grown = workspace[:, : feat + (k - 1) * grow], workspace[:, feat + (k - 1) * grow : feat + k * grow]
+            residual = self.conv1x1(x) if k == 2 else second if k == 4 else None
+            conv(seen, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE, residual=residual, out=grown)
         if skip is None:
             return self.conv5(workspace, scale=RES_SCALE, residual=x, out=out)
-        # 0.2 * (0.2 * conv + x) + skip in one store: the skip takes 0.2 * x first
-        skip.add_(x, alpha=RES_SCALE)
-        return self.conv5(workspace, scale=RES_SCALE * RES_SCALE, residual=skip, out=out)
+        return self.conv5(workspace, scale=RES_SCALE * RES_SCALE, residual=torch.add(skip, x, alpha=RES_SCALE), out=out)
 
 
 class RRDB(Module):
     """Residual in residual dense block: y = 0.2 * rdb3(rdb2(rdb1(x))) + x.
 
-    Parameters as in BasicSR: `rdb1`, `rdb2`, `rdb3`, each a `ResidualDenseBlock`. Arguments as there.
+    Parameters as in BasicSR: `rdb1`, `rdb2`, `rdb3`, each a `ResidualDenseBlock` or, with `plus`, a
+    `ResidualDenseBlockPlus`. Other arguments as there.
     """
 
-    def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto") -> None:
+    def __init__(
+        self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto", *, plus: bool = False, save: Save = "all"
+    ) -> None:
         super().__init__(backend)
         self.num_feat = num_feat
-        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
-        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
-        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, backend)
+        block = ResidualDenseBlockPlus if plus else ResidualDenseBlock
+        self.rdb1 = block(num_feat, num_grow_ch, backend, save=save)
+        self.rdb2 = block(num_feat, num_grow_ch, backend, save=save)
+        self.rdb3 = block(num_feat, num_grow_ch, backend, save=save)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
         if needs_grad(self, x):
-            return self.rdb3(self.rdb2(self.rdb1(x))) * RES_SCALE + x
+            return self.rdb3(self.rdb2(self.rdb1(x)), x)
         front, back, skip = self.scratch(x)
         front[:, : self.num_feat] = x
         front, _ = self.run_in(front, back, skip)
