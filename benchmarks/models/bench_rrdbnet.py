@@ -13,7 +13,7 @@ from torch import nn
 
 import fastsr
 from fastsr.bench.case import BASELINE, DTYPES, Builder, Call, Case, Inputs, Runner, State, Unavailable
-from fastsr.bench.cases.peers import eager
+from fastsr.bench.cases.peers import eager, openvino_runtime
 from fastsr.bench.suite import Options
 
 SIZES = {"full": (128, 256), "quick": (32,), "tiny": (8,)}
@@ -54,6 +54,7 @@ def _case(device: str, dtype: str, size: int) -> Case:
             "eager NCHW": Runner(_eager(channels_last=False), channels_last=False),
             BASELINE: Runner(_eager()),
             "torch.compile": Runner(_eager(wrap=functools.partial(torch.compile, dynamic=False))),
+            **({"OpenVINO": Runner(_openvino(DTYPES[dtype]), channels_last=False)} if device == "cpu" else {}),
         },
     )
 
@@ -67,6 +68,10 @@ def _loaded(network: nn.Module, state: State, channels_last: bool) -> nn.Module:
 
 def _eager(channels_last: bool = True, wrap: Callable[[nn.Module], Call] = lambda network: network) -> Builder:
     return lambda state: wrap(_loaded(eager.RRDBNet(), state, channels_last))
+
+
+def _openvino(dtype: torch.dtype) -> Builder:
+    return lambda state: openvino_runtime.compile_network(_loaded(eager.RRDBNet(), state, channels_last=False), dtype)
 
 
 def _ours(backend: str) -> Builder:

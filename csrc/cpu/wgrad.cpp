@@ -30,7 +30,9 @@ const WeightGradientKernel& choose_weight_gradient([[maybe_unused]] Element type
 
 int64_t parts(int64_t size, int64_t most) { return (size + most - 1) / most; }
 
-char* offset(const void* data, int64_t elements, int64_t size) { return const_cast<char*>(static_cast<const char*>(data)) + elements * size; }
+char* offset(const void* data, int64_t elements, int64_t size) {
+  return const_cast<char*>(static_cast<const char*>(data)) + elements * size;
+}
 
 }  // namespace
 

@@ -12,7 +12,12 @@
 //            L2: the sums of the task, 36 KB per 32 x 32 channels
 // Copies     Each pixel once per task: x at 2 shuffles per 2 pixels x 32 channels, g at 160 per 32 x 32.
 // Borders    Pixels outside the image are zeros; so a gradient that is not finite makes NaN of sums that lack it.
-// Limit      The tile unit: 16 cycles per product, 18 cycles per pixel and 32 x 32 channels.
+// Limit      The tile unit: 16 cycles per product, 18 cycles per pixel and 32 x 32 channels. Two taps of three load A across cache
+//            lines, which alone costs a quarter of the roof; segments longer than L1 cost far more (384 pixels: 30% slower).
+//
+// predicted / measured, the five convolutions of a dense block, one thread, of a 3.1 TFLOP/s tile roof (a busy machine):
+//   16x48x48    45% / 21% (oneDNN channels-last 19%)      1x128x128   45% / 24% (oneDNN 16%)
+//   The products run at 55 to 60% of the roof while all is in L1; about a third of the time goes into the copies.
 #if defined(__x86_64__)
 #define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"
 #include "cpu/target.h"
@@ -33,7 +38,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static constexpr TileConfig kConfig;
-alignas(64) static constexpr uint16_t kZeros[3 * BLOCK] = {};  // a pixel
+alignas(64) static constexpr uint16_t kZeros[kMaxChannels] = {};  // a pixel
 
 struct Tiling {
   Plan plan;        // its places, blocks and sums
@@ -59,7 +64,7 @@ static Tiling plan_tiles(const WeightGradientTask& task) {
   p.x_at = p.blocks * 9 * p.sums_tap * 4;
   p.g_at = p.x_at + p.blocks * 2 * t.x_half;
   p.bias_at = p.g_at + padded * t.g_row;
-  t.pixels_at = p.bias_at + padded * 4;
+  t.pixels_at = p.bias_at + 2 * padded * 4;
   p.bytes = t.pixels_at + at_least(t.steps * kDepth, t.pitch) * static_cast<int64_t>(sizeof(void*));
   return t;
 }
@@ -98,7 +103,8 @@ FASTSR_INLINE __mmask32 channels_from(int64_t channels, int64_t from) {
 
 // A row of x (null: outside the image) by pairs. unpack leaves channels 8i..8i+3 of a block in its first half, 8i+4..8i+7 in
 // its second; `in_order` puts the sums right.
-static void pair_row(const WeightGradientTask& task, const Tiling& t, const BFloat16* row, const Place& at, const BFloat16** pixels, char* to) {
+static void pair_row(const WeightGradientTask& task, const Tiling& t, const BFloat16* row, const Place& at, const BFloat16** pixels,
+                     char* to) {
   const BFloat16* zeros = reinterpret_cast<const BFloat16*>(kZeros);
   for (int64_t i = 0; i < t.pitch; ++i) {
     const int64_t c = at.begin - 1 + i;
@@ -108,7 +114,8 @@ static void pair_row(const WeightGradientTask& task, const Tiling& t, const BFlo
     const __mmask32 mask = channels_from(task.channels, b * BLOCK);
     char* out = to;
     for (int64_t i = 0; i < t.pitch; i += 2, out += 64) {
-      const __m512i even = _mm512_maskz_loadu_epi16(mask, pixels[i] + b * BLOCK), odd = _mm512_maskz_loadu_epi16(mask, pixels[i + 1] + b * BLOCK);
+      const __m512i even = _mm512_maskz_loadu_epi16(mask, pixels[i] + b * BLOCK);
+      const __m512i odd = _mm512_maskz_loadu_epi16(mask, pixels[i + 1] + b * BLOCK);
       _mm512_store_si512(out, _mm512_unpacklo_epi16(even, odd));
       _mm512_store_si512(out + t.x_half, _mm512_unpackhi_epi16(even, odd));
     }
@@ -138,7 +145,8 @@ FASTSR_INLINE void transpose(__m512i* r) {
 }
 
 // A segment of g, transposed; adds it to the bias's gradient if that is asked for.
-static void transpose_gradient(const WeightGradientTask& task, const Tiling& t, const Place& at, const BFloat16** pixels, char* to, float* bias) {
+static void transpose_gradient(const WeightGradientTask& task, const Tiling& t, const Place& at, const BFloat16** pixels,
+                               char* to, float* bias) {
   const BFloat16* g = static_cast<const BFloat16*>(task.g.data) + at.n * task.g.n + at.begin * task.g.w;
   const int64_t columns = at.end - at.begin;
   int64_t q = 0;
@@ -149,7 +157,7 @@ static void transpose_gradient(const WeightGradientTask& task, const Tiling& t, 
     for (int64_t o = 0; task.dbias && o < task.outputs; o += LANES) {
       Vector sum = set1(0.f);
       for (int64_t c = 0; c < columns; ++c) sum = add(sum, load_as(row + c * task.g.w + o, lanes_left(task.outputs, o)));
-      store(bias + o, add(load(bias + o), sum));
+      add_exactly(bias + o, bias + task.outputs + o, sum, lanes_left(task.outputs, o));
     }
   }
   for (; q < t.steps * kDepth; ++q) pixels[q] = reinterpret_cast<const BFloat16*>(kZeros);
@@ -161,7 +169,8 @@ static void transpose_gradient(const WeightGradientTask& task, const Tiling& t, 
       __m512i low[16], high[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const __m512i even = _mm512_maskz_loadu_epi16(mask, p[2 * i] + o), odd = _mm512_maskz_loadu_epi16(mask, p[2 * i + 1] + o);
+        const __m512i even = _mm512_maskz_loadu_epi16(mask, p[2 * i] + o);
+        const __m512i odd = _mm512_maskz_loadu_epi16(mask, p[2 * i + 1] + o);
         low[i] = _mm512_unpacklo_epi16(even, odd), high[i] = _mm512_unpackhi_epi16(even, odd);
       }
       transpose(low);
@@ -219,7 +228,8 @@ static void run_tiles(const WeightGradientTask& task) {
           for (int64_t dx = 0; dx < 3; ++dx) {
             const char *a = g + o * t.g_row + 64 - 2 * dx, *b = x + block * 2 * t.x_half + dy * row_bytes;
             float* to = sums + (block * 9 + dy * 3 + dx) * plan.sums_tap + o * BLOCK;
-            task.outputs - o > LANES ? multiply<2>(a, t.g_row, b, t.x_half, t.steps, to) : multiply<1>(a, t.g_row, b, t.x_half, t.steps, to);
+            const auto product = task.outputs - o > LANES ? &multiply<2> : &multiply<1>;
+            product(a, t.g_row, b, t.x_half, t.steps, to);
           }
         }
       }

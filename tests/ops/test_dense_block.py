@@ -132,6 +132,25 @@ def test_recomputing_changes_no_bit_and_gradients_repeat(runner):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.isa], ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_no_bit_depends_on_the_thread_count(dtype, runner):
+    """Threads have strips of their own and compute the rows between them twice."""
+    x, weights, biases = esrgan_block(dtype, (3, 11, 18))
+    results, threads = [], torch.get_num_threads()
+    with runner.active() as backend:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            try:
+                leaves = [t.detach().requires_grad_() for t in (x, *weights, *biases)]
+                y = ops.dense_block(leaves[0], leaves[1:6], leaves[6:], backend=backend)
+                results.append((y.detach(), *torch.autograd.grad(y.float().sin().sum(), leaves)))
+            finally:
+                torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)
 @pytest.mark.parametrize(("save", "channels"), [("all", 192), ("input", 64)])
 def test_bytes_saved_for_backward(save, channels, runner):
