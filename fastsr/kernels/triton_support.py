@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastsr.backends import triton_interpreted
+
+Line = TypeVar("Line")
 
 #: What the configuration tables may distinguish: mma.sync (sm_80 to sm_89, sm_120), wgmma (sm_90), tcgen05 (sm_100), AMD's matrix cores.
 FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -38,6 +40,18 @@ def precision(x: Tensor) -> str:
         return "ieee"
     # The resolved new setting mirrors the old switch too; reading the old one raises where convolutions and RNNs differ.
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def modes(gpu: str) -> tuple[tuple[str, str], ...]:
+    """The precisions that a family has products for, each with Triton's name of a dtype."""
+    half = (("half", "bf16"), ("half", "fp16"))
+    return (*half, ("ieee", "fp32")) if gpu.startswith("gfx") else (*half, ("tf32", "fp32"), ("ieee", "fp32"))
+
+
+def of_family(table: Mapping[tuple[str, str], Line], gpu: str, mode: str) -> Line:
+    """What a configuration table holds for a family and a precision: the family's own entry, or that of its vendor."""
+    own = (gpu, mode)
+    return table[own if own in table else ("amd" if gpu.startswith("gfx") else "nvidia", mode)]
 
 
 def current_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -71,6 +85,26 @@ def pixel_strides(tensor: Tensor | None, unit: int) -> tuple[int, int, int]:
         return 0, 0, 0
     n, _, h, w = (stride // unit if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return n, h, w
+
+
+def instructions(gpu: str, mode: str, vector_loads: bool) -> tuple[str, ...]:
+    """What a matrix product's assembly must hold: the family's matrix units and, with `vector_loads`, asynchronous 16-byte copies."""
+    if gpu == "gfx942":
+        return ("v_mfma",)
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[gpu] if mode != "ieee" else "fma.rn.f32"
+    return (wanted, "cp.async.cg") if vector_loads else (wanted,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What a kernel's configuration holds beside its tile."""
+
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """How Triton shall compile it."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

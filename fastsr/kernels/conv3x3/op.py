@@ -33,6 +33,8 @@ backends.register(
     triton=("cpu", "cuda"),
     rules=(
         Rule("compiled", "direct convolution in registers, no im2col buffer", "cpu", FUSED_DTYPES),
+        Rule("compiled", "mma.sync over halo tiles in shared memory; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "implicit GEMM with the whole epilogue, for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
     ),
 )
 

@@ -49,7 +49,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsr.kernels.triton_support import FAMILIES, AotCase, current_device, dots_are_float32, family, pixel_strides, precision, stride_unit
+from fastsr.kernels.triton_support import (
+    FAMILIES,
+    AotCase,
+    Schedule,
+    current_device,
+    dots_are_float32,
+    family,
+    instructions,
+    modes,
+    of_family,
+    pixel_strides,
+    precision,
+    stride_unit,
+)
 
 SIZES = ("H", "W", "x_n", "x_h", "x_w", "out_n", "out_h", "out_w", "residual_n", "residual_h", "residual_w")
 OUTER = ("mask_n", "mask_h", "mask_w", "outer_n", "outer_h", "outer_w")
@@ -173,27 +186,22 @@ def conv3x3_kernel(
     if residual_ptr is not None:
         at = output_offsets(n, h, w, o, residual_n, residual_h, residual_w, Y_UNIT, SHUFFLE, CHANNELS)
         y += tl.load(residual_ptr + at, mask=stored, other=0.0).to(tl.float32)
+    y *= outer_scale
     if outer_ptr is not None:
         at = output_offsets(n, h, w, o, outer_n, outer_h, outer_w, Y_UNIT, SHUFFLE, CHANNELS)
-        y = y * outer_scale + tl.load(outer_ptr + at, mask=stored, other=0.0).to(tl.float32)
+        y += tl.load(outer_ptr + at, mask=stored, other=0.0).to(tl.float32)
     at = output_offsets(n, h, w, o, out_n, out_h, out_w, Y_UNIT, SHUFFLE, CHANNELS)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Schedule):
     """Tile and schedule of one program."""
 
     tile_h: int
     tile_w: int
     block_n: int
     block_k: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, Any]:
-        """How Triton shall compile it."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 ANY = 1 << 30
@@ -217,21 +225,13 @@ TILES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
 }
 
 
-def lines(gpu: str, mode: str) -> tuple[tuple[int, ...], ...] | None:
-    """The lines of the table for a family and a precision; None where the family has no such products."""
-    return TILES.get((gpu, mode), TILES.get(("amd" if gpu.startswith("gfx") else "nvidia", mode)))
-
-
 def config(gpu: str, mode: str, c: int, o: int) -> Config:
     """The frozen choice for `c` input and `o` output channels; the image's size has no say, so that strips of it give the same values."""
-    served = lines(gpu, mode)
-    if served is None:
-        raise KeyError(f"no tiles for {mode} products on {gpu}; expected one of {', '.join(' '.join(key) for key in TILES)}")
-    _, tile_h, tile_w, block_n, block_k, num_warps, num_stages = next(line for line in served if o <= line[0])
+    _, tile_h, tile_w, block_n, block_k, num_warps, num_stages = next(line for line in of_family(TILES, gpu, mode) if o <= line[0])
     # The largest power of two, at least tl.dot's 16, that wastes no channel: 96 takes three steps of 32, not two of 64.
     while block_k > 16 and c % block_k:
         block_k //= 2
-    return Config(tile_h, tile_w, block_n, block_k, num_warps, num_stages)
+    return Config(tile_h, tile_w, block_n, block_k, num_warps=num_warps, num_stages=num_stages)
 
 
 def pack(weight: Tensor, chosen: Config, shuffle: int) -> Tensor:
@@ -268,7 +268,7 @@ def launch(
     """Write steps 1-5 of `fastsr.ops.conv3x3` into `out`; x and all tensors of out's shape are pixel-major.
 
     With `mask`, of out's shape, the activation gives way to its derivative: v where mask > 0, else negative_slope * v.
-    With `outer`, of out's shape, what is written is outer_scale * y + outer.
+    What is written is outer_scale * y + outer, `outer` being of out's shape or absent.
     """
     n, c, h, w = x.shape
     o = weight.shape[0]
@@ -362,6 +362,7 @@ LAYERS = (
     (3, 64, 1, 1, False),
     (64, 32, 1, 1, False),
     (96, 32, 1, 1, True),
+    (192, 64, 1, 1, True),
     (64, 64, 2, 1, False),
     (64, 256, 1, 2, False),
     (64, 3, 1, 1, False),
@@ -371,10 +372,9 @@ LAYERS = (
 def aot_cases() -> Iterator[AotCase]:
     """Every line of the table with every dtype that it serves."""
     for gpu in FAMILIES:
-        for mode, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
-            if lines(gpu, mode):
-                for c, o, upsample, shuffle, full in LAYERS:
-                    yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
+        for mode, dtype in modes(gpu):
+            for c, o, upsample, shuffle, full in LAYERS:
+                yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
 
 
 def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, full: bool) -> AotCase:
@@ -395,13 +395,5 @@ def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shu
         constants=absent | constants(chosen, mode, c, o, 0.2, upsample, shuffle, x_unit, y_unit),
         aligned=tuple(pointers),
         options=chosen.options(),
-        instructions=instructions(gpu, mode, x_unit, y_unit),
+        instructions=(*instructions(gpu, mode, x_unit > 1), *(("st.global.v4",) if y_unit > 1 and gpu != "gfx942" else ())),
     )
-
-
-def instructions(gpu: str, mode: str, x_unit: int, y_unit: int) -> tuple[str, ...]:
-    """What the assembly must hold: the family's matrix units and, where strides allow it, moves of 16 bytes."""
-    if gpu == "gfx942":
-        return ("v_mfma",)
-    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[gpu] if mode != "ieee" else "fma.rn.f32"
-    return (wanted, *(("cp.async.cg",) if x_unit > 1 else ()), *(("st.global.v4",) if y_unit > 1 else ()))

@@ -38,7 +38,11 @@ backends.register(
     "dense_block",
     compiled=("cpu", "cuda"),
     triton=("cpu", "cuda"),
-    rules=(Rule("compiled", "one workspace, no concatenation, no im2col buffer", "cpu", FUSED_DTYPES),),
+    rules=(
+        Rule("compiled", "one workspace, no concatenation, no im2col buffer", "cpu", FUSED_DTYPES),
+        Rule("compiled", "one workspace, no concatenation, mma.sync convolutions; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "one workspace, no concatenation, for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
+    ),
 )
 
 
@@ -176,7 +180,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, scales: tuple[float, float, float], save: str, run: str, *parameters: Tensor | None
+        ctx: Any, x: Tensor, residual: Tensor | None, scales: tuple[float, float, float], save: str, run: str, *parameters: Any
     ) -> Tensor:
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
