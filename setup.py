@@ -110,7 +110,13 @@ def native() -> dict:
             f"fastsr: building needs torch ({error}). Install torch first, then: pip install --no-build-isolation ."
         ) from error
 
-    cuda = find_cuda()
+    import torch
+
+    if torch.version.hip is not None:
+        say("building without CUDA: torch was built for ROCm, where the Triton kernels serve")
+        cuda = None
+    else:
+        cuda = find_cuda()
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/common/*.cpp") + glob("csrc/cpu/*.cpp"))
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("FASTSR_VERSION", f'"{version()}"')]
     flags = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]}
@@ -120,8 +126,10 @@ def native() -> dict:
         links = []
     if cuda:
         root, release = cuda
-        # A CPU build of torch knows no CUDA_HOME; its own version check does not matter, since no CUDA symbol of torch is used.
+        # A CPU build of torch knows no CUDA_HOME. The CUDA that a CUDA build of torch was made with does not matter, since no
+        # CUDA symbol of torch is used: its version check is left out.
         cpp_extension.CUDA_HOME = str(root)
+        cpp_extension._check_cuda_version = lambda *_: None
         architectures = cuda_architectures(release)
         sources += sorted(glob("csrc/cuda/*.cu"))
         named = " ".join(re.findall(r",code=(\w+)", " ".join(architectures)))
@@ -142,9 +150,6 @@ def native() -> dict:
 
         def get_ext_filename(self, name: str) -> str:
             return str(Path(*name.split("."))) + ".so"  # no Python in it: one file for every Python
-
-        def _check_abi(self) -> tuple[str, object]:  # the CUDA majors of nvcc and torch may differ
-            return os.environ.get("CXX", "c++"), None
 
     extension = cpp_extension.CppExtension(
         "fastsr._C",
