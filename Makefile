@@ -1,6 +1,7 @@
 # make demo   upscale a real photograph x4        make build   compile the native library
 # make test   the whole test suite                make lint    style, types, import directions
 # make gpu    tests and measurements on a GPU     make ledger  registers and memory of every CUDA kernel
+# make peers  pictures against ncnn and spandrel
 #
 # Everything is installed into a virtual environment (VENV, default .venv), made on first use.
 # `make VENV=path ...` uses one that exists, with whatever torch it holds.
@@ -13,7 +14,7 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 READY := $(VENV)/.fastsr-ready
 
-.PHONY: demo test build lint gpu ledger ledger-check clean
+.PHONY: demo test build lint gpu ledger ledger-check peers clean
 
 demo: $(READY)
 	$(PY) examples/demo.py
@@ -40,6 +41,11 @@ ledger: $(READY)
 
 ledger-check: $(READY)
 	$(PY) benchmarks/ledger.py --check
+
+# Other people's packages stay out of the environment: they would bring a torch of their own.
+peers: build
+	$(PY) -m pip install -q --no-deps --target $(VENV)/peers -r tests/peers/requirements.txt
+	PYTHONPATH=$(VENV)/peers $(PY) -m pytest tests/peers -rs
 
 $(PY):
 	$(PYTHON) .ci/make_venv.py $(VENV)

@@ -13,16 +13,17 @@ NETWORKS = {*BASE, "ops", "nn"}
 
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
+    "atomic": set(),
     "_native": {"_version"},
     "backends": {"_version", "_native"},
     "kernels": BASE,
     "ops": {"kernels"},
     "nn": {*BASE, "ops"},
     "models": NETWORKS,
-    "weights": {*NETWORKS, "models"},
+    "weights": {*NETWORKS, "models", "atomic"},
     "memory": NETWORKS,
     "fusion": NETWORKS,
-    "upscaling": {*NETWORKS, "models", "weights"},
+    "upscaling": {*NETWORKS, "models", "weights", "atomic"},
     "bench": {*NETWORKS, "kernels", "models", "weights", "memory", "fusion", "upscaling"},
     "cli": {*NETWORKS, "models", "weights", "memory", "fusion", "upscaling", "bench"},
 }

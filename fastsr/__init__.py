@@ -13,20 +13,34 @@ from fastsr._version import __version__
 if TYPE_CHECKING:
     from fastsr import models, nn, ops
     from fastsr.backends import BackendUnavailable, set_backend
-    from fastsr.upscaling import upscale
-    from fastsr.weights import WeightsError, load
+    from fastsr.upscaling import upscale, upscale_many
+    from fastsr.weights import WeightsError, load, save
 
 #: name -> the module that defines it; packages are found by their own name.
 _HOMES = {
     "BackendUnavailable": "backends",
     "WeightsError": "weights",
     "load": "weights",
+    "save": "weights",
     "set_backend": "backends",
     "upscale": "upscaling",
+    "upscale_many": "upscaling",
 }
 _PACKAGES = ("backends", "models", "nn", "ops", "upscaling", "weights")
 
-__all__ = ["BackendUnavailable", "WeightsError", "__version__", "load", "models", "nn", "ops", "set_backend", "upscale"]
+__all__ = [
+    "BackendUnavailable",
+    "WeightsError",
+    "__version__",
+    "load",
+    "models",
+    "nn",
+    "ops",
+    "save",
+    "set_backend",
+    "upscale",
+    "upscale_many",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from fastsr._version import __version__
 COMMANDS = {
     "info": "what is installed here, and which backend runs each operator",
     "upscale": "enlarge pictures",
+    "models": "weights that have names, and how to get them",
     "bench": "measure operators and networks on this machine",
 }
 

@@ -95,7 +95,8 @@ class ResidualDenseBlockPlus(ResidualDenseBlock):
         g[2] = leaky_relu(conv_2(x, g[1]), 0.2) + conv1x1(x)
         g[4] = leaky_relu(conv_4(x, g[1], g[2], g[3]), 0.2) + g[2]
 
-    `conv1x1` has no bias. `save` has no effect here: each convolution keeps its own input. The noise that ESRGAN+ adds while it trains is not part of this module.
+    `conv1x1` has no bias. `save` has no effect here: each convolution keeps its own input. The noise that ESRGAN+ adds
+    while it trains is not part of this module.
 
     Source: Rakotonirina and Rasoanaivo, "ESRGAN+: Further Improving Enhanced Super-Resolution Generative Adversarial
     Network", 2020, arXiv 2001.08073.

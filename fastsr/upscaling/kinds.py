@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsr.upscaling.deep import DeepPicture
+
 Restore = Callable[[Tensor], Any]
 
 EXPECTED = "expected a PIL image, a NumPy array (H, W[, C]) or a tensor ([N,] C, H, W)"
@@ -21,6 +23,9 @@ def to_tensor(image: Any) -> tuple[Tensor, Restore]:
         return _from_tensor(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
+    if isinstance(image, DeepPicture):
+        tensor, to_array = _from_array(image.pixels)
+        return tensor, lambda y: DeepPicture(to_array(y), dict(image.info))
     pil = sys.modules.get("PIL.Image")  # whoever hands us a PIL image has imported it
     if pil is not None and isinstance(image, pil.Image):
         return _from_pil(image)
@@ -72,6 +77,11 @@ def _from_pil(image: Any) -> tuple[Tensor, Restore]:
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise ValueError(f"upscale: the picture of mode 'I' has values {values.min()}..{values.max()}; expected 0..65535")
         tensor, to_array = _from_array(values.astype(np.uint16))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min(initial=0) >= 0 and values.max(initial=0) <= 1):  # also NaN
+            raise ValueError(f"upscale: the picture of mode 'F' has values {values.min()}..{values.max()}; expected 0..1")
+        tensor, to_array = _from_array(values)
     else:
         plain = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert(_plain_mode(image))
         if plain.mode != image.mode and image.mode not in ("P", "1"):
@@ -88,7 +98,7 @@ def _from_pil(image: Any) -> tuple[Tensor, Restore]:
 
 def _plain_mode(image: Any) -> str:
     """The mode with 8 bits a channel that loses least."""
-    if image.mode in ("1", "F"):
+    if image.mode == "1":
         return "L"
     if image.mode in ("RGBa", "La", "PA") or "transparency" in image.info:
         return "LA" if image.mode == "La" else "RGBA"

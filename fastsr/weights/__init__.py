@@ -1,4 +1,4 @@
-"""Trained weights in: `load` recognises a file by what is in it and returns the network with the right sizes.
+"""Trained weights in and out: `load` recognises a file by what is in it and returns the network with the right sizes; `save` writes it.
 
 `formats/` has one file for each kind of file, `dialects/` one for each way of naming RRDBNet's parameters,
 `names.py` knows the weights that installed packages bring along.
@@ -7,5 +7,6 @@
 from fastsr.weights.errors import WeightsError
 from fastsr.weights.loading import load
 from fastsr.weights.names import KNOWN, NamedWeights
+from fastsr.weights.saving import save
 
-__all__ = ["KNOWN", "NamedWeights", "WeightsError", "load"]
+__all__ = ["KNOWN", "NamedWeights", "WeightsError", "load", "save"]

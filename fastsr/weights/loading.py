@@ -23,8 +23,10 @@ def load(path_or_name: str | Path, device: torch.device | str | None = None, dty
         3. Its parameter names tell the network, its shapes the sizes. Wrappers (`params_ema`, `params-ema`,
            `params`) and the prefix `module.` are removed.
 
-    Known are: RRDBNet in BasicSR's and Real-ESRGAN's dialect, any number of blocks, channels and scale; and the
-    same network converted for ncnn. Nothing is allocated before the sizes that a file claims have been checked against the file.
+    Known are: RRDBNet with any number of blocks, channels and x2 steps, with and without pixel-unshuffle, in the dialects
+    of BasicSR and Real-ESRGAN, of ESRGAN, BSRGAN and RealSR, of the first ESRGAN and of ESRGAN+; and RRDBNet
+    converted for ncnn. `save` writes the PyTorch dialects back. Nothing is allocated before the sizes that a file claims
+    have been checked against the file.
 
     Args:
         path_or_name: a path, or a name such as "realesrgan-x4plus".

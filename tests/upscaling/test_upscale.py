@@ -84,18 +84,23 @@ def test_tensors_keep_dimensions_and_dtype(shape, dtype):
         ("YCbCr", "RGB"),
         ("I;16", "I;16"),
         ("I", "I;16"),
+        ("F", "F"),
     ],
 )
 def test_pil_modes(mode, expected):
     if mode in ("I;16", "I"):
         picture = Image.fromarray(pixels(5, 6, dtype=np.uint16))
         picture = picture.convert("I") if mode == "I" else picture
+    elif mode == "F":
+        picture = Image.fromarray(pixels(5, 6, dtype=np.float32))
+        with pytest.raises(ValueError, match=r"0\.0\.\.2\.0; expected 0\.\.1"):
+            fastsr.upscale(Nearest(), Image.fromarray(np.linspace(0, 2, 12, dtype=np.float32).reshape(3, 4)))
     else:
         picture = Image.fromarray(pixels(5, 6, 3)).convert(mode)
     result = fastsr.upscale(Nearest(), picture)
     assert (result.mode, result.size) == (expected, (12, 10))
     plain = picture if expected == "I;16" else picture.convert(expected)
-    np.testing.assert_array_equal(np.asarray(result).astype(int), doubled(np.asarray(plain)).astype(int))
+    np.testing.assert_allclose(np.asarray(result).astype(float), doubled(np.asarray(plain)).astype(float), rtol=0, atol=1e-6)
 
 
 def test_a_transparent_palette_keeps_its_transparency():
@@ -133,7 +138,7 @@ def test_not_a_number_is_an_error():
     model = Nearest()
     with torch.no_grad():
         model.factor.fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="bfloat16 or float32"):
+    with pytest.raises(FloatingPointError, match=r"torch\.float32: its weights or the picture"):
         fastsr.upscale(model, pixels(4, 4, 3))
 
 

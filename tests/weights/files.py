@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -14,7 +15,7 @@ from fastsr.models import RRDBNet
 SIZES = {"num_feat": 6, "num_block": 2, "num_grow_ch": 3}
 
 
-def network(scale: int = 4, channels: tuple[int, int] = (3, 3), **sizes: int) -> RRDBNet:
+def network(scale: int = 4, channels: tuple[int, int] = (3, 3), **sizes: Any) -> RRDBNet:
     """With biases that are not zero, and weights that float16 holds exactly."""
     torch.manual_seed(0)
     model = RRDBNet(*channels, scale, **(SIZES | sizes)).eval()

@@ -119,8 +119,19 @@ def test_an_unknown_name_lists_the_known(tmp_path):
 
 def test_finding_weights_does_not_import_their_package():
     before = set(sys.modules)
-    assert all(known.path() for known in KNOWN.values())
-    assert not any(known.package in set(sys.modules) - before for known in KNOWN.values())
+    assert KNOWN["realesrgan-x4plus"].path().is_file()
+    packages = {source.package for known in KNOWN.values() for source in known.sources if source.path() is None or source.path().is_file()}
+    assert not packages & (set(sys.modules) - before)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_source_of_a_name_has_the_same_sizes(name):
+    models = [fastsr.load(path) for source in KNOWN[name].sources if (path := source.path()) is not None]
+    if not models:
+        pytest.skip(f"none of the packages is installed: {KNOWN[name].remedy}")
+    assert {(m.num_block, m.scale, m.num_feat, m.num_grow_ch) for m in models} == {(6 if "anime" in name else 23, 4, 64, 32)}
+    for other in models[1:]:
+        assert files.same(models[0], other)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

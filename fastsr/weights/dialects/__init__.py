@@ -1,20 +1,25 @@
-"""One file for each way of naming a network's parameters: `matches(state)` and `build(state)`."""
+"""One file for each way of naming RRDBNet's parameters; a dialect is a renaming to and from this package's own names.
+
+Each file has `NAME` (for `fastsr.save`), `ABOUT`, `EXPECTED` (its keys, for messages), `matches(state)`,
+`to_own(state)` and `from_own(state)`. This package's own names are BasicSR's.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastsr.weights.dialects import basicsr
+from fastsr.models import RRDBNet
+from fastsr.weights.dialects import basicsr, esrgan, esrgan_old, rrdbnet
 from fastsr.weights.errors import WeightsError, some
 
 #: The first whose `matches` holds takes the file.
-DIALECTS = (basicsr,)
+DIALECTS = (basicsr, esrgan, esrgan_old)
 
 #: What data-parallel training puts before every name.
 PREFIX = "module."
 
 
-def build(state: dict[str, Tensor]) -> nn.Module:
+def build(state: dict[str, Tensor]) -> RRDBNet:
     """The network that a state dict is for, with its weights.
 
     Raises:
@@ -24,6 +29,24 @@ def build(state: dict[str, Tensor]) -> nn.Module:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     for dialect in DIALECTS:
         if dialect.matches(state):
-            return dialect.build(state)
-    known = "; ".join(f"{dialect.NAME}: {dialect.EXPECTED}" for dialect in DIALECTS)
+            own = dialect.to_own(state)
+            if len(own) != len(state):
+                raise WeightsError(f"keys of several dialects in one file: {some(state)}")
+            return rrdbnet.build(own)
+    known = "; ".join(f"{dialect.ABOUT}: {dialect.EXPECTED}" for dialect in DIALECTS)
     raise WeightsError(f"no known network has these keys: {some(state)}; expected {known}")
+
+
+def express(model: RRDBNet, name: str) -> dict[str, Tensor]:
+    """The state dict of a network in the dialect of this name.
+
+    Raises:
+        ValueError: no dialect has this name, or the dialect cannot express the network.
+    """
+    if model.plus and name != esrgan_old.NAME:
+        # other programs leave its conv1x1 out, and say nothing
+        raise ValueError(f"save: dialect is {name!r}, but an ESRGAN+ network (plus=True) has files in {esrgan_old.NAME!r} alone")
+    for dialect in DIALECTS:
+        if name == dialect.NAME:
+            return dialect.from_own({key: tensor.detach() for key, tensor in model.state_dict().items()})
+    raise ValueError(f"save: dialect is {name!r}; expected one of {', '.join(repr(d.NAME) for d in DIALECTS)}")

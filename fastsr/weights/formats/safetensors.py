@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,6 +42,22 @@ def read(path: Path) -> dict[str, Tensor]:
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + begin) if end > begin else torch.empty(0, dtype=dtype)
         tensors[name] = flat.reshape(shape).clone()  # a header of any length: tensors may lie misaligned in the file
     return tensors
+
+
+def write(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+    """Write contiguous tensors on the CPU, marked as PyTorch's."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors lie aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(text: bytes) -> dict[str, Any]:
