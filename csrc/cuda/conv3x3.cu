@@ -17,34 +17,31 @@ int checked_int(int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
-PixelStrides strides(const Pixels& p) { return {p.n, p.h, p.w}; }
+template <class T>
+ImageView<const T> view(const Tensor& t, const Pixels& p) {
+  return {static_cast<const T*>(t.const_data_ptr()), {p.n, p.h, p.w}};
+}
 
 template <class T>
 void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& residual, const Tensor& out) {
   Conv3x3Call<T> call{};
-  call.x = static_cast<const T*>(x.const_data_ptr());
-  call.weight = static_cast<const T*>(weight.const_data_ptr());
-  call.out = static_cast<T*>(out.mutable_data_ptr());
-  call.x_strides = strides(args.x), call.out_strides = strides(args.out);
-  call.weight_strides = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  call.x = view<T>(x, args.x);
+  call.out = {static_cast<T*>(out.mutable_data_ptr()), {args.out.n, args.out.h, args.out.w}};
   if (bias) call.bias = static_cast<const T*>(bias->const_data_ptr()), call.bias_stride = bias->stride(0);
-  if (residual) call.residual = static_cast<const T*>(residual->const_data_ptr()), call.residual_strides = strides(args.residual);
+  if (residual) call.skip = view<T>(*residual, args.residual);
   call.batch = args.batch;
   call.cin = checked_int(args.cin, "the number of input channels"), call.cout = checked_int(args.cout, "the number of output channels");
   call.height = checked_int(args.height, "the output's height"), call.width = checked_int(args.width, "the output's width");
   call.upsample = args.upsample, call.pixel_shuffle = args.pixel_shuffle;
-  call.negative_slope = args.negative_slope, call.scale = args.scale;
+  call.negative_slope = args.negative_slope, call.scale = args.scale, call.scale2 = 1.0f;
 
   const Launcher launch(x);
   // From torch's allocator on the current stream: safe across streams and under graph capture.
-  Tensor packed = torch::stable::new_empty(x, {conv3x3_packed_size<T>(args.cin, args.cout)});
-  T* buffer = static_cast<T*>(packed.mutable_data_ptr());
-  if constexpr (std::is_same_v<T, float>) {
-    conv3x3_fma(launch, call, buffer);
-  } else {
-    conv3x3_mma(launch, call, buffer);
-  }
+  Tensor packed = torch::stable::new_empty(x, {packed_layout<ExactProducts<T>>(call.cout).template size<T>(call.cin)});
+  pack_and_convolve<ExactProducts<T>>(launch, call, static_cast<const T*>(weight.const_data_ptr()),
+                                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+                                 static_cast<T*>(packed.mutable_data_ptr()));
 }
 
 void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
@@ -59,6 +56,14 @@ void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
 }
 
 }  // namespace
+
+// The dense block convolves with the same kernels.
+template void pack_weights(const Launcher&, const std::vector<PackPart<float>>&, float*);
+template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
+template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
+template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
+template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
+template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
 
 STABLE_TORCH_LIBRARY_IMPL(fastsr, CUDA, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3)); }
 

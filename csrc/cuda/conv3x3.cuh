@@ -1,5 +1,5 @@
-// The fused 3x3 convolution: bias, activation, PixelShuffle, scale and residual in the epilogue; x read as a channel prefix,
-// optionally enlarged by nearest neighbour; y written as a channel slice. Channels-last.
+// The fused 3x3 convolution: bias, activation (or the mask of its derivative), PixelShuffle, scales and skips in the epilogue;
+// x read as a channel prefix, optionally enlarged by nearest neighbour; y written as a channel slice. Channels-last.
 //
 //   grid.x = images * ceil(H/ROWS) * ceil(W/16) * (packed columns / COLUMNS)        columns fastest
 //
@@ -15,7 +15,8 @@
 //      +----------------------+
 //
 // Lives in   shared: 32 bytes of channels of every halo pixel and of every (tap, column), two stages (cp.async: zeros outside
-//            the image); registers: 64 sums a thread, started with the bias; global: x once per column block, y and residual once
+//            the image); registers: 64 sums a thread (float32: 128), started with the bias; global: x once per column block, y and
+//            residual once
 // Moves      (Cin + Cout (+ Cout with a residual)) * sizeof(T) bytes a pixel, 27% more of x for halos (float32 41%), weights from L2
 //            once per tile (Cin * 9 * COLUMNS * sizeof(T) for 256 pixels);   18 * Cin * Cout FLOP a pixel
 // Limit      bf16 64 -> 64: 288 FLOP a byte, at the balance point of an H100 (798 TFLOP/s, 3.0 TB/s: 266); a warp's ldmatrix
@@ -27,33 +28,34 @@
 //   float32  A100 0.33 ms / not measured yet       H100 0.10 ms / not measured yet
 #pragma once
 
-#include "cuda/conv3x3_engine.cuh"
+#include "cuda/conv3x3_pack.cuh"
 
 namespace fastsr::cuda {
 
-// One call of fastsr::conv3x3 on device pointers; strides in elements.
+// y = scale2 * (scale * f(convolution + bias) + skip) + skip2, all of y's shape; f is LeakyReLU or, where a mask is given, the
+// product with LeakyReLU's derivative at the sign of the mask's values.
 template <class T>
 struct Conv3x3Call {
-  const T *x, *weight, *bias, *residual;  // bias and residual may be null
-  T* out;
-  PixelStrides x_strides, residual_strides, out_strides;
-  WeightStrides weight_strides;
+  ImageView<const T> x;
+  const T* packed;  // weights, laid out for the product that convolves
+  const T* bias;    // may be null
   int64_t bias_stride;
+  ImageView<const T> mask, skip, skip2;
+  ImageView<T> out;
   int64_t batch;
   int cin, cout;      // cout counts channels before PixelShuffle
   int height, width;  // of the convolution's output before PixelShuffle
   int upsample, pixel_shuffle;
-  float negative_slope, scale;
+  float negative_slope, scale, scale2;
 };
 
-// Steps 3 to 5 of the operator, from sums to y.
+// From sums to y.
 template <class T>
 struct Conv3x3Epilogue {
-  const T* residual;
-  T* out;
-  PixelStrides residual_strides, out_strides;
+  ImageView<const T> mask, skip, skip2;
+  ImageView<T> out;
   int cout, pixel_shuffle;
-  float negative_slope, scale;
+  float negative_slope, scale, scale2;
   bool vectors;  // 16-byte runs of channels lie in one pixel of y and start at multiples of 16 bytes
 
   __device__ __forceinline__ float activate(float v) const {
@@ -90,15 +92,38 @@ struct Conv3x3Epilogue {
       y = y * pixel_shuffle + sub / pixel_shuffle, x = x * pixel_shuffle + sub % pixel_shuffle;
       channel -= sub * per_pixel;
     }
-    Pack<T, COUNT> skip, result;
-    if (residual) skip = *reinterpret_cast<const Pack<T, COUNT>*>(residual + residual_strides.at(image, y, x) + channel);
+    float v[COUNT];
+    if (mask.data) {
+      const auto saved = load<COUNT>(mask, image, y, x, channel);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      float v = activate(sums[i]) * scale;
-      if (residual) v += to_float(skip.v[i]);
-      result.v[i] = from_float<T>(v);
+      for (int i = 0; i < COUNT; ++i) v[i] = to_float(saved.v[i]) > 0.0f ? sums[i] : sums[i] * negative_slope;
+    } else {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) v[i] = activate(sums[i]);
     }
-    *reinterpret_cast<Pack<T, COUNT>*>(out + out_strides.at(image, y, x) + channel) = result;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] *= scale;
+    if (skip.data) {
+      const auto other = load<COUNT>(skip, image, y, x, channel);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) v[i] += to_float(other.v[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] *= scale2;
+    if (skip2.data) {
+      const auto other = load<COUNT>(skip2, image, y, x, channel);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) v[i] += to_float(other.v[i]);
+    }
+    Pack<T, COUNT> result;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) result.v[i] = from_float<T>(v[i]);
+    *reinterpret_cast<Pack<T, COUNT>*>(out.at(image, y, x) + channel) = result;
+  }
+
+  template <int COUNT>
+  __device__ __forceinline__ Pack<T, COUNT> load(const ImageView<const T>& view, int64_t image, int y, int x, int channel) const {
+    return *reinterpret_cast<const Pack<T, COUNT>*>(view.at(image, y, x) + channel);
   }
 };
 
@@ -136,63 +161,63 @@ inline int conv3x3_tile_columns(int cout) {
   return (cout + 63) / 64 * 64 > (cout + 31) / 32 * 32 ? 32 : 64;
 }
 
-// Elements of the buffer for packed weights.
-template <class T>
-int64_t conv3x3_packed_size(int64_t cin, int64_t cout) {
-  const int64_t tile = conv3x3_tile_columns(static_cast<int>(cout));
-  return (cin + kChunk<T> - 1) / kChunk<T> * kTaps * ((cout + tile - 1) / tile * tile) * kChunk<T>;
-}
-
-template <class T>
-bool starts_at_16_bytes(const T* data, const PixelStrides& strides) {
-  constexpr int64_t kUnit = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.n % kUnit == 0 && strides.h % kUnit == 0 && strides.w % kUnit == 0;
-}
-
-// Packs the weights into `packed` and convolves. launch(kernel, blocks, threads, shared bytes, arguments...) starts a kernel.
-template <class T, class Tile, class Launch>
-void conv3x3_with(const Launch& launch, const Conv3x3Call<T>& call, T* packed) {
-  const int columns = (call.cout + Tile::columns - 1) / Tile::columns * Tile::columns;
-  const int64_t size = conv3x3_packed_size<T>(call.cin, call.cout);
-  const int r = call.pixel_shuffle;
-  launch(pack_conv_weights<T>, call.batch == 0 ? 0 : (size + 255) / 256, 256, 0, call.weight, call.weight_strides, packed, call.cin,
-         call.cout, columns, Tile::group, Tile::pair, r);
-  const int64_t tiles = call.batch * ((call.height + Tile::rows - 1) / Tile::rows) * ((call.width + kTileWidth - 1) / kTileWidth);
-  const bool whole_runs = r == 1 || call.cout / (r * r) % (16 / static_cast<int>(sizeof(T))) == 0;
-  const bool vectors = whole_runs && starts_at_16_bytes(call.out, call.out_strides) &&
-                       (!call.residual || starts_at_16_bytes(call.residual, call.residual_strides));
-  launch(conv3x3_kernel<T, Tile>, tiles * (columns / Tile::columns), Tile::threads, Tile::shared_bytes,
-         ConvInput<T>{call.x, call.x_strides, call.cin, call.height, call.width, call.upsample - 1,
-                      starts_at_16_bytes(call.x, call.x_strides)},
-         ConvWeights<T>{packed, columns}, ConvBias<T>{call.bias, call.bias_stride},
-         Conv3x3Epilogue<T>{call.residual, call.out, call.residual_strides, call.out_strides, call.cout, r, call.negative_slope,
-                            call.scale, vectors});
-}
-
-// bf16 and f16 on tensor cores.
-template <class T, class Launch>
-void conv3x3_mma(const Launch& launch, const Conv3x3Call<T>& call, T* packed) {
-  using Wide = ConvTile<16, 64, 256, 2, 2>;
-  using Narrow = ConvTile<16, 32, 128, 4, 2>;
-  using Few = ConvTile<16, 16, 128, 4, 2>;
-  switch (conv3x3_tile_columns(call.cout)) {
-    case 64: return conv3x3_with<T, Wide>(launch, call, packed);
-    case 32: return conv3x3_with<T, Narrow>(launch, call, packed);
-    default: return conv3x3_with<T, Few>(launch, call, packed);
+// How products are computed, and with which tile for a number of columns.
+struct TensorCores {  // bf16, f16; float32 rounded to tf32
+  template <class Visit>
+  static auto with_tile(int cout, Visit visit) {
+    switch (conv3x3_tile_columns(cout)) {
+      case 64: return visit(ConvTile<16, 64, 256, 2, 2>{});
+      case 32: return visit(ConvTile<16, 32, 128, 4, 2>{});
+      default: return visit(ConvTile<16, 16, 128, 4, 2>{});
+    }
   }
+};
+struct FusedMultiplyAdds {  // float32 with IEEE products
+  template <class Visit>
+  static auto with_tile(int cout, Visit visit) {
+    switch (conv3x3_tile_columns(cout)) {
+      case 64: return visit(ConvTile<8, 64, 128, 2, 1>{});
+      case 32: return visit(ConvTile<8, 32, 128, 3, 1>{});
+      default: return visit(ConvTile<8, 16, 128, 4, 1>{});
+    }
+  }
+};
+template <class T>
+using ExactProducts = std::conditional_t<std::is_same_v<T, float>, FusedMultiplyAdds, TensorCores>;
+
+template <class Products>
+PackedLayout packed_layout(int cout) {
+  return Products::with_tile(cout, [&]<class Tile>(Tile) {
+    return PackedLayout{(cout + Tile::columns - 1) / Tile::columns * Tile::columns, Tile::group, Tile::pair};
+  });
 }
 
-// float32 with IEEE products.
-template <class Launch>
-void conv3x3_fma(const Launch& launch, const Conv3x3Call<float>& call, float* packed) {
-  using Wide = ConvTile<8, 64, 128, 3, 1>;
-  using Narrow = ConvTile<8, 32, 128, 4, 1>;
-  using Few = ConvTile<8, 16, 128, 4, 1>;
-  switch (conv3x3_tile_columns(call.cout)) {
-    case 64: return conv3x3_with<float, Wide>(launch, call, packed);
-    case 32: return conv3x3_with<float, Narrow>(launch, call, packed);
-    default: return conv3x3_with<float, Few>(launch, call, packed);
-  }
+// Convolves with packed weights. launch(kernel, blocks, threads, shared bytes, arguments...) starts a kernel.
+template <class Products, class T, class Launch>
+void convolve(const Launch& launch, const Conv3x3Call<T>& call) {
+  Products::with_tile(call.cout, [&]<class Tile>(Tile) {
+    const int columns = packed_layout<Products>(call.cout).columns, r = call.pixel_shuffle;
+    const int64_t tiles = call.batch * ((call.height + Tile::rows - 1) / Tile::rows) * ((call.width + kTileWidth - 1) / kTileWidth);
+    const bool whole_runs = r == 1 || call.cout / (r * r) % (16 / static_cast<int>(sizeof(T))) == 0;
+    const bool vectors = whole_runs && call.out.starts_at_16_bytes() && call.mask.starts_at_16_bytes() && call.skip.starts_at_16_bytes() &&
+                         call.skip2.starts_at_16_bytes();  // a view of nothing does
+    launch(conv3x3_kernel<T, Tile>, tiles * (columns / Tile::columns), Tile::threads, Tile::shared_bytes,
+           ConvInput<T>{call.x, call.cin, call.height, call.width, call.upsample - 1, call.x.starts_at_16_bytes()},
+           ConvWeights<T>{call.packed, columns}, ConvBias<T>{call.bias, call.bias_stride},
+           Conv3x3Epilogue<T>{call.mask, call.skip, call.skip2, call.out, call.cout, r, call.negative_slope, call.scale, call.scale2,
+                              vectors});
+  });
+}
+
+// Packs the weights into a buffer of packed_layout's size and convolves.
+template <class Products, class T, class Launch>
+void pack_and_convolve(const Launch& launch, Conv3x3Call<T> call, const T* weight, const WeightStrides& strides, T* packed) {
+  if (call.batch == 0) return;
+  const int span = (call.cin + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
+  pack_weights<T>(launch, {{weight, strides, 0, packed_layout<Products>(call.cout), 0, call.cin, span, call.cout, call.pixel_shuffle, 0}},
+                  packed);
+  call.packed = packed;
+  convolve<Products>(launch, call);
 }
 
 }  // namespace fastsr::cuda

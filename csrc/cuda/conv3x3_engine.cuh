@@ -62,9 +62,19 @@ struct PixelStrides {
 };
 
 template <class T>
-struct ConvInput {
-  const T* data;
+struct ImageView {
+  T* data;  // null for none
   PixelStrides strides;
+  __host__ __device__ T* at(int64_t image, int64_t y, int64_t x) const { return data + strides.at(image, y, x); }
+  bool starts_at_16_bytes() const {
+    constexpr int64_t kUnit = 16 / sizeof(T);
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.n % kUnit == 0 && strides.h % kUnit == 0 && strides.w % kUnit == 0;
+  }
+};
+
+template <class T>
+struct ConvInput {
+  ImageView<const T> image;
   int channels;       // of the prefix that is read
   int height, width;  // of the convolution: twice those of the data where it reads them enlarged
   int halvings;       // 1 where it does, else 0
@@ -96,19 +106,20 @@ __device__ __forceinline__ TilePosition tile_position(int height, int width, int
 // Byte offset of 16-byte half 0 or 1 of a stage's row.
 __device__ __forceinline__ int row_offset(int row, int half) { return row * kRowBytes + ((half ^ (row >> 2 & 1)) * 16); }
 
-// Starts the copies of one chunk of the halo; what lies outside the image or behind the last channel becomes zero.
-template <class Tile, class T>
-__device__ __forceinline__ void load_halo(unsigned char* halo, const ConvInput<T>& input, const TilePosition& tile, int chunk) {
+// Starts the copies of one chunk of a rectangle of pixels with its corner at (top, left), one row of shared memory per pixel;
+// what lies outside the image or behind the last channel becomes zero.
+template <int HEIGHT, int WIDTH, int THREADS, class T>
+__device__ __forceinline__ void load_pixels(unsigned char* rows, const ConvInput<T>& input, int64_t image, int top, int left, int chunk) {
   constexpr int kUnit = 16 / sizeof(T);
 #pragma unroll 1
-  for (int unit = threadIdx.x; unit < Tile::halo_pixels * 2; unit += Tile::threads) {
+  for (int unit = threadIdx.x; unit < HEIGHT * WIDTH * 2; unit += THREADS) {
     const int pixel = unit / 2, half = unit % 2;
-    const int y = tile.y - 1 + pixel / kHaloWidth, x = tile.x - 1 + pixel % kHaloWidth;
+    const int y = top + pixel / WIDTH, x = left + pixel % WIDTH;
     const int channel = chunk * kChunk<T> + half * kUnit;
     const bool inside = y >= 0 && y < input.height && x >= 0 && x < input.width && channel < input.channels;
-    const T* source = input.data + (inside ? input.strides.at(tile.image, y >> input.halvings, x >> input.halvings) + channel : 0);
+    const T* source = inside ? input.image.at(image, y >> input.halvings, x >> input.halvings) + channel : input.image.data;
     const int valid = !inside ? 0 : min(kUnit, input.channels - channel);
-    unsigned char* target = halo + row_offset(pixel, half);
+    unsigned char* target = rows + row_offset(pixel, half);
     if (input.vectors) {
       copy_async_16(target, source, valid * static_cast<int>(sizeof(T)));
     } else {
@@ -140,7 +151,7 @@ __device__ __forceinline__ void for_each_chunk(const ConvInput<T>& input, const 
   const int chunks = (input.channels + kChunk<T> - 1) / kChunk<T>;
   auto load = [&](int chunk) {
     unsigned char* stage = shared + chunk % 2 * Tile::stage_bytes;
-    load_halo<Tile>(stage, input, tile, chunk);
+    load_pixels<Tile::rows + 2, kHaloWidth, Tile::threads>(stage, input, tile.image, tile.y - 1, tile.x - 1, chunk);
     load_weights<Tile>(stage + Tile::halo_bytes, weights, tile.column, chunk);
     commit_copies();
   };
@@ -224,6 +235,9 @@ struct FmaProduct {
 
   __device__ __forceinline__ void multiply(const unsigned char* halo, const unsigned char* weights) {
     const int owner = threadIdx.x % 8, first_pixel = threadIdx.x / 16 * kHaloWidth + threadIdx.x / 8 % 2;
+    // Three levels of sums (8 channels, 9 taps, chunks): one chain over 9 Cin products has over twice the error of a blocked
+    // convolution, and one over its parts of eight still does from some 160 channels on.
+    float chunk[8][columns] = {};
 #pragma unroll 1
     for (int tap = 0; tap < kTaps; ++tap) {
       const int shifted = first_pixel + tap / 3 * kHaloWidth + tap % 3;
@@ -244,13 +258,17 @@ struct FmaProduct {
         }
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
-          // Eight products a partial sum: one chain over 9 Cin products has over twice the error of a blocked convolution.
           float partial = pixels[p][0].v[0] * weight[0].v[0];
 #pragma unroll
           for (int k = 1; k < 8; ++k) partial = fmaf(pixels[p][k / 4].v[k % 4], weight[k / 4].v[k % 4], partial);
-          sums[p][c] += partial;
+          chunk[p][c] += partial;
         }
       }
+    }
+#pragma unroll
+    for (int p = 0; p < 8; ++p) {
+#pragma unroll
+      for (int c = 0; c < columns; ++c) sums[p][c] += chunk[p][c];
     }
   }
 
@@ -265,29 +283,5 @@ struct FmaProduct {
 // A thread of the tensor cores' product holds pairs of neighbouring columns, one of the other's single ones.
 template <class T, class Tile>
 using ConvProduct = std::conditional_t<Tile::pair == 2, MmaProduct<T, Tile>, FmaProduct<Tile>>;
-
-// The weights' four strides, in elements: any layout serves, and the data gradient's weights are a view with other strides.
-struct WeightStrides {
-  int64_t out, in, row, column;
-};
-
-// OIHW weights to the packed order, one thread per packed element.
-template <class T>
-__global__ void __launch_bounds__(256) pack_conv_weights(const T* weight, WeightStrides strides, T* packed, int cin, int cout, int columns,
-                                                         int group, int pair, int pixel_shuffle) {
-  const int64_t chunks = (cin + kChunk<T> - 1) / kChunk<T>;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= chunks * kTaps * columns * kChunk<T>) return;
-  const int64_t row = index / kChunk<T>;  // of 32 bytes
-  const int tap = static_cast<int>(row / columns % kTaps);
-  const int channel = static_cast<int>(row / columns / kTaps) * kChunk<T> + static_cast<int>(index % kChunk<T>);
-  const int out = channel_of_column(static_cast<int>(row % columns), group, pair);
-  T value = from_float<T>(0.0f);
-  if (channel < cin && out < cout) {
-    const int64_t filter = shuffled_source(out, cout, pixel_shuffle) * strides.out + channel * strides.in;
-    value = weight[filter + tap / 3 * strides.row + tap % 3 * strides.column];
-  }
-  packed[index] = value;
-}
 
 }  // namespace fastsr::cuda

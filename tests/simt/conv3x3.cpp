@@ -16,15 +16,19 @@ void run(uint64_t seed, bool tf32, uintptr_t x, uintptr_t weight, uintptr_t bias
          const Strides& out_strides, int64_t batch, int cin, int cout, int height, int width, int upsample, int pixel_shuffle,
          float negative_slope, float scale) {
   const auto& w = weight_strides;
-  const Conv3x3Call<T> call{pointer<const T>(x), pointer<const T>(weight), pointer<const T>(bias), pointer<const T>(residual),
-                            pointer<T>(out), pixels(x_strides), pixels(residual_strides), pixels(out_strides), {w[0], w[1], w[2], w[3]},
-                            bias_stride, batch, cin, cout, height, width, upsample, pixel_shuffle, negative_slope, scale};
-  Scratch<T> packed(conv3x3_packed_size<T>(cin, cout));
-  const simt::Launcher launch{seed};
-  if constexpr (std::is_same_v<T, float>) {
-    if (!tf32) return conv3x3_fma(launch, call, packed.data.get());
-  }
-  conv3x3_mma(launch, call, packed.data.get());
+  Conv3x3Call<T> call{};
+  call.x = {pointer<const T>(x), pixels(x_strides)}, call.out = {pointer<T>(out), pixels(out_strides)};
+  call.bias = pointer<const T>(bias), call.bias_stride = bias_stride;
+  call.skip = {pointer<const T>(residual), pixels(residual_strides)};
+  call.batch = batch, call.cin = cin, call.cout = cout, call.height = height, call.width = width;
+  call.upsample = upsample, call.pixel_shuffle = pixel_shuffle;
+  call.negative_slope = negative_slope, call.scale = scale, call.scale2 = 1.0f;
+  auto run = [&]<class Products>(Products) {
+    Scratch<T> packed(packed_layout<Products>(cout).template size<T>(cin));
+    pack_and_convolve<Products>(simt::Launcher{seed}, call, pointer<const T>(weight), {w[0], w[1], w[2], w[3]}, packed.data.get());
+  };
+  if (tf32) run(TensorCores{});
+  else run(ExactProducts<T>{});
 }
 
 }  // namespace

@@ -1,0 +1,86 @@
+// Weights in the order that the convolution's engine reads them: [chunk][tap][column][kChunk], zeros behind the last of either.
+//
+// The input channels of one convolution may come from several weights side by side (a dense block's data gradient), and a launch
+// packs several convolutions: a thread per packed element, a range of blocks per part.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/conv3x3_engine.cuh"
+
+namespace fastsr::cuda {
+
+// The weights' four strides, in elements: any layout serves; flipped and transposed weights are a view with other strides.
+struct WeightStrides {
+  int64_t out, in, row, column;
+};
+
+// How the product's tile wants its columns: how many, and who holds them (channel_of_column).
+struct PackedLayout {
+  int columns, group, pair;
+  template <class T>
+  int64_t size(int cin) const {
+    return (static_cast<int64_t>(cin) + kChunk<T> - 1) / kChunk<T> * kTaps * columns * kChunk<T>;
+  }
+};
+
+// A range of one convolution's input channels.
+template <class T>
+struct PackPart {
+  const T* weight;        // at output 0, tap (0, 0) and the range's first input channel
+  WeightStrides strides;
+  int64_t offset;         // of the convolution in the buffer
+  PackedLayout layout;
+  int channel, channels;  // where the range begins, and how many channels have weights
+  int span;               // to the next range or to the end of the last chunk; those behind `channels` are zeros
+  int cout, pixel_shuffle;
+  int first_block;        // set by pack_weights
+};
+
+constexpr int kPackParts = 16;  // of a launch: 1.6 KB of parameters
+constexpr int kPackThreads = 256;
+
+template <class T>
+struct PackParts {
+  PackPart<T> parts[kPackParts];
+  int count;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) pack_conv_weights(const __grid_constant__ PackParts<T> all, T* packed) {
+  int number = 0;
+  while (number + 1 < all.count && static_cast<int>(blockIdx.x) >= all.parts[number + 1].first_block) ++number;
+  const PackPart<T>& part = all.parts[number];
+  const int columns = part.layout.columns;
+  const int64_t index = static_cast<int64_t>(blockIdx.x - part.first_block) * kPackThreads + threadIdx.x;
+  if (index >= static_cast<int64_t>(part.span) * kTaps * columns) return;
+  const int within = static_cast<int>(index % part.span), channel = part.channel + within;  // channels fastest: whole runs are written
+  const int row = static_cast<int>(index / part.span), tap = row / columns, column = row % columns;
+  const int out = channel_of_column(column, part.layout.group, part.layout.pair);
+  T value = from_float<T>(0.0f);
+  if (within < part.channels && out < part.cout) {
+    const int64_t filter = shuffled_source(out, part.cout, part.pixel_shuffle) * part.strides.out + within * part.strides.in;
+    value = part.weight[filter + tap / 3 * part.strides.row + tap % 3 * part.strides.column];
+  }
+  const int64_t chunk = channel / kChunk<T>;
+  packed[part.offset + ((chunk * kTaps + tap) * columns + column) * kChunk<T> + channel % kChunk<T>] = value;
+}
+
+// Packs all parts into `packed`, kPackParts in a launch.
+template <class T, class Launch>
+void pack_weights(const Launch& launch, const std::vector<PackPart<T>>& parts, T* packed) {
+  for (size_t first = 0; first < parts.size(); first += kPackParts) {
+    PackParts<T> some{};
+    some.count = static_cast<int>(std::min<size_t>(kPackParts, parts.size() - first));
+    int64_t blocks = 0;
+    for (int i = 0; i < some.count; ++i) {
+      PackPart<T>& part = some.parts[i] = parts[first + i];
+      part.first_block = static_cast<int>(blocks);
+      blocks += (static_cast<int64_t>(part.span) * kTaps * part.layout.columns + kPackThreads - 1) / kPackThreads;
+    }
+    launch(pack_conv_weights<T>, blocks, kPackThreads, 0, some, packed);
+  }
+}
+
+}  // namespace fastsr::cuda

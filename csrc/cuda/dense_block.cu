@@ -1,0 +1,160 @@
+// fastsr::dense_block, its features alone and its backward on NVIDIA GPUs of compute capability 8.0 and higher; see dense_block.cuh.
+#include "cuda/dense_block.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/dense_block_args.h"
+#include "cuda/launch.cuh"
+
+namespace fastsr::cuda {
+
+// Compiled in conv3x3.cu.
+extern template void pack_weights(const Launcher&, const std::vector<PackPart<float>>&, float*);
+extern template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
+extern template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
+extern template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
+extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
+extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
+
+namespace {
+
+using Biases = std::vector<std::optional<Tensor>>;
+
+// Memory from torch's allocator on the current stream: safe across streams and under graph capture. Freed when the operator
+// returns; the allocator hands it only to later work of the same stream.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : like_(like) {}
+  void* operator()(int64_t bytes) const {
+    return tensors_.emplace_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte)).mutable_data_ptr();
+  }
+
+ private:
+  const Tensor& like_;
+  mutable std::vector<Tensor> tensors_;
+};
+
+int checked_int(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "dense_block: ", name, " is ", value, "; expected less than 2^31");
+  return static_cast<int>(value);
+}
+
+PixelStrides strides(const Tensor& t) { return {t.stride(0), t.stride(2), t.stride(3)}; }
+
+template <class T>
+ImageView<const T> view(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), strides(t)};
+}
+
+template <class T>
+ImageView<T> mutable_view(const Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), strides(t)};
+}
+
+template <class T>
+DenseBlock<T> describe(const DenseBlockShape& s, const std::vector<Tensor>& weights, const Biases& biases, double negative_slope) {
+  const int height = checked_int(s.height, "the height"), width = checked_int(s.width, "the width");
+  DenseBlock<T> block{s.batch, height, width, static_cast<float>(negative_slope), {}};
+  checked_int(s.channels + s.begin.front(), "the number of channels");
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const Tensor& w = weights[k];
+    DenseConv<T> conv{};
+    conv.weight = static_cast<const T*>(w.const_data_ptr());
+    conv.weight_strides = {w.stride(0), w.stride(1), w.stride(2), w.stride(3)};
+    if (k < biases.size() && biases[k]) {
+      conv.bias = static_cast<const T*>(biases[k]->const_data_ptr()), conv.bias_stride = biases[k]->stride(0);
+    }
+    conv.begin = static_cast<int>(s.begin[k]), conv.outputs = static_cast<int>(s.outputs[k]);
+    block.convs.push_back(conv);
+  }
+  return block;
+}
+
+// run(T()) with the element type of `dtype`.
+template <class Run>
+void with_type(ScalarType dtype, Run run) {
+  switch (dtype) {
+    case ScalarType::Float: return run(float());
+    case ScalarType::BFloat16: return run(__nv_bfloat16());
+    case ScalarType::Half: return run(__half());
+    default:
+      STD_TORCH_CHECK(false, "dense_block: ", torch::headeronly::toString(dtype),
+                      " has no CUDA kernel; expected float32, bfloat16 or float16");
+  }
+}
+
+void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, Tensor workspace, Tensor out,
+                 double negative_slope, double res_scale, double residual_scale) {
+  const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
+  check_pixel_major(x, workspace, x.size(1), "x");
+  check_pixel_major(out, workspace, x.size(1), "out");
+  if (residual) check_pixel_major(*residual, workspace, x.size(1), "residual");
+  check_biases(biases, s, workspace);
+  if (out.numel() == 0) return;
+  const Launcher launch(workspace);
+  const Scratch allocate(workspace);
+  with_type(workspace.scalar_type(), [&]<class T>(T) {
+    const float scale = residual ? static_cast<float>(residual_scale) : 1.0f;
+    block_forward<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), view<T>(x),
+                           residual ? view<T>(*residual) : ImageView<const T>{}, mutable_view<T>(workspace), mutable_view<T>(out),
+                           static_cast<float>(res_scale), scale);
+  });
+}
+
+void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, Tensor workspace, double negative_slope) {
+  const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
+  check_pixel_major(x, workspace, x.size(1), "x");
+  check_biases(biases, s, workspace);
+  if (workspace.numel() == 0) return;
+  const Launcher launch(workspace);
+  const Scratch allocate(workspace);
+  with_type(workspace.scalar_type(), [&]<class T>(T) {
+    block_features<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), view<T>(x),
+                            checked_int(x.size(1), "the number of features"), mutable_view<T>(workspace));
+  });
+}
+
+void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> weights, Tensor grad_workspace, std::optional<Tensor> dx,
+                          std::vector<Tensor> dweights, std::vector<Tensor> dbiases, double negative_slope, double res_scale,
+                          double residual_scale) {
+  const DenseBlockShape s = dense_block_shape(workspace, weights, grad.size(1), true);
+  check_pixel_major(grad, workspace, grad.size(1), "grad");
+  check_pixel_major(grad_workspace, workspace, s.channels, "grad_workspace");
+  if (dx) check_pixel_major(*dx, workspace, grad.size(1), "dx");
+  STD_TORCH_CHECK(dweights.size() == dbiases.size() && (dweights.empty() || dweights.size() == weights.size()), "dense_block: ",
+                  dweights.size(), " and ", dbiases.size(), " gradients for ", weights.size(), " weights");
+  for (size_t k = 0; k < dweights.size(); ++k) {
+    STD_TORCH_CHECK(dweights[k].is_contiguous() && dweights[k].numel() == weights[k].numel() && dbiases[k].is_contiguous() &&
+                        dbiases[k].numel() == s.outputs[k] && dweights[k].scalar_type() == workspace.scalar_type() &&
+                        dbiases[k].scalar_type() == workspace.scalar_type(),
+                    "dense_block: the gradients of weight and bias ", k, " do not fit; expected contiguous tensors like them");
+  }
+  if (workspace.numel() == 0) return;
+  const Launcher launch(workspace);
+  const Scratch allocate(workspace);
+  with_type(workspace.scalar_type(), [&]<class T>(T) {
+    std::vector<std::pair<T*, T*>> gradients;
+    for (size_t k = 0; k < dweights.size(); ++k) {
+      gradients.emplace_back(static_cast<T*>(dweights[k].mutable_data_ptr()), static_cast<T*>(dbiases[k].mutable_data_ptr()));
+    }
+    block_backward<T>(launch, allocate, describe<T>(s, weights, {}, negative_slope), view<T>(grad), view<T>(workspace),
+                            mutable_view<T>(grad_workspace), dx ? mutable_view<T>(*dx) : ImageView<T>{}, gradients,
+                            static_cast<float>(res_scale), static_cast<float>(residual_scale));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastsr, CUDA, m) {
+  m.impl("dense_block", TORCH_BOX(&fastsr::cuda::dense_block));
+  m.impl("dense_block_features", TORCH_BOX(&fastsr::cuda::dense_block_features));
+  m.impl("dense_block_backward", TORCH_BOX(&fastsr::cuda::dense_block_backward));
+}
+
+}  // namespace fastsr::cuda

@@ -1,0 +1,77 @@
+// csrc/cuda/dense_block.cuh on the CPU.
+#include "module.h"
+
+#include "cuda/dense_block.cuh"
+
+namespace {
+
+using namespace fastsr::cuda;
+
+// A tensor's address and its strides of image, row and pixel.
+using Pixels = std::pair<uintptr_t, std::array<int64_t, 3>>;
+// One convolution: weight, its strides, bias and its stride, inputs, outputs.
+using Conv = std::tuple<uintptr_t, std::array<int64_t, 4>, uintptr_t, int64_t, int, int>;
+using Size = std::tuple<int64_t, int, int>;
+
+template <class T>
+ImageView<T> view(const Pixels& p) {
+  return {pointer<T>(p.first), {p.second[0], p.second[1], p.second[2]}};
+}
+
+template <class T>
+DenseBlock<T> describe(const Size& size, const std::vector<Conv>& convs, float negative_slope) {
+  DenseBlock<T> block{std::get<0>(size), std::get<1>(size), std::get<2>(size), negative_slope, {}};
+  for (const auto& [weight, s, bias, bias_stride, inputs, outputs] : convs) {
+    block.convs.push_back({pointer<const T>(weight), {s[0], s[1], s[2], s[3]}, pointer<const T>(bias), bias_stride, inputs, outputs});
+  }
+  return block;
+}
+
+// Poisoned memory until the end of the call.
+struct Allocate {
+  mutable std::vector<Scratch<char>> kept;
+  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
+};
+
+template <class T>
+void forward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, const Pixels& residual,
+             const Pixels& workspace, const Pixels& out, float negative_slope, float res_scale, float residual_scale) {
+  const Allocate allocate;
+  block_forward<T>(simt::Launcher{seed}, allocate, describe<T>(size, convs, negative_slope), view<const T>(x), view<const T>(residual),
+                   view<T>(workspace), view<T>(out), res_scale, residual_scale);
+}
+
+template <class T>
+void features(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, int channels, const Pixels& workspace,
+              float negative_slope) {
+  const Allocate allocate;
+  const DenseBlock<T> block = describe<T>(size, convs, negative_slope);
+  block_features<T>(simt::Launcher{seed}, allocate, block, view<const T>(x), channels, view<T>(workspace));
+}
+
+template <class T>
+void backward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& grad, const Pixels& workspace,
+              const Pixels& grad_workspace, const Pixels& dx, const std::vector<std::pair<uintptr_t, uintptr_t>>& gradients,
+              float negative_slope, float res_scale, float residual_scale) {
+  const Allocate allocate;
+  std::vector<std::pair<T*, T*>> written;
+  for (const auto& [dweight, dbias] : gradients) written.emplace_back(pointer<T>(dweight), pointer<T>(dbias));
+  block_backward<T>(simt::Launcher{seed}, allocate, describe<T>(size, convs, negative_slope), view<const T>(grad), view<const T>(workspace),
+                    view<T>(grad_workspace), view<T>(dx), written, res_scale, residual_scale);
+}
+
+template <class T>
+void define(py::module_& m, const char* name) {
+  py::module_ part = m.def_submodule(name);
+  part.def("forward", forward<T>);
+  part.def("features", features<T>);
+  part.def("backward", backward<T>);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SIMT_MODULE, m) {
+  define<float>(m, "float32");
+  define<__nv_bfloat16>(m, "bfloat16");
+  define<__half>(m, "float16");
+}
