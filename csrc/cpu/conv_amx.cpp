@@ -1,23 +1,42 @@
 // The 3x3 convolution engine for AMX: a tile instruction multiplies 16 pixels x 32 channels by 32 x 16 weights.
 //
-//                  16 outputs   16 outputs        Four accumulator tiles: 32 pixels x 32 output channels. Per tap and 32 input
-//                 +------------+------------+     channels: 2 tiles of pixels (A), 2 of weights (B), 4 products.
-//    16 pixels    |   tmm0     |   tmm1     |
+//                  16 outputs   16 outputs        Six accumulator tiles: 48 pixels x 32 output channels. Per tap and 32 input
+//                 +------------+------------+     channels: 2 tiles of weights (B), 3 of pixels (A, two of which are loaded
+//    16 pixels    |   tmm0     |   tmm3     |     again for the second half of the outputs), 6 products. The last blocks of
+//                 +------------+------------+     a row have two tiles or one: then A and B have two registers each.
+//    16 pixels    |   tmm1     |   tmm4     |
 //                 +------------+------------+     A comes straight from the channels-last rows: a tile row is a pixel, the
-//    16 pixels    |   tmm2     |   tmm3     |     stride its distance to the next. Only the taps that cross the row's ends
+//    16 pixels    |   tmm2     |   tmm5     |     stride its distance to the next. Only the taps that cross the row's ends
 //                 +------------+------------+     read copies with zeros (RowInput).
 //
 // Tails      The last tile of a row overlaps the one before: the same products in the same order, and only the new pixels are
-//            stored. A row of fewer than 16 pixels is copied into one with zeros.
-// Lives in   tmm0-3: sums    tmm4-5: pixels    tmm6-7: weights    L2: the group's weights, 9 * C * 64 bytes
-// Overlap    The epilogue of a block runs while the products of the next are under way: +9% at 48 pixels.
-// Order      row, column, 32 channels: the same for every pixel.
-// Limit      16 cycles a product; then tile loads, 4 for 4 products, whose weights come from L2.
+//            kept. A row of fewer than 16 pixels is copied into one with zeros.
+// Lives in   tmm0-5: sums    tmm6: pixels    tmm7: weights    L1: 32 channels of 50 pixels, the sums of two blocks
+//            L2: the group's weights, 9 * C * 64 bytes, read in the order in which they lie
+// Overlap    The epilogue of a block runs a few pixels at a time between the products of the next, also across rows. So do the
+//            prefetches of the block's outputs and of the next row's pixels.
+// Order      row, 32 channels, column: the same for every pixel.
+// Limit      16 cycles a product; then 8 tile loads of 8 cycles for 6 products, and the L2 lines of the weights.
 //
-// predicted / measured, share of the tile roof of one core (3.2 TFLOP/s bf16): rows alone 60% / 47-50%; the whole operator 50% / 23-27%
-// for 64 -> 32, 25-35% for 64..192 -> 64 and 192 -> 32; eager channels-last of torch 2.13 beside it: 26-41%.
+// What was tried: GFLOP/s of one core on random values (roof 3170), minimum of many; rows in L2 unless said.
+//                                                              predicted             192 -> 32 at W = 256 / 64 -> 64 at W = 48
+//   v1 2 x 2 tiles; order row, column, channels                60% of the roof       1613 / 1173
+//   v2 order row, channels, column; 3 x 2 tiles                +15%: L1, weights     1662 / 1134; 192 -> 64 at W = 48: 1243 -> 1452
+//   v3 plain epilogue inline: maximum, vcvtne2ps2bf16          +5%                   1933 / 1334, as fast as with no epilogue at all
+//   v4 prefetches spread over the products, outputs too        picture from L3 +30%  v1 -> v4 at 256 x 256: 64 -> 64 873 -> 1366,
+//                                                                                    192 -> 32 1036 -> 1170
+//   v5 several rows a call: one ldtilecfg, epilogue overlaps   +10% at W = 48        64 -> 32 at W = 48: 1152 -> 1175-1249
+//   2 x 2 tiles instead of 3 x 2                               -                     dense block: 1141-1220 against 1195-1316 at W = 256,
+//                                                                                    1003-1026 against 1139-1185 at W = 48
+//   2 x 2 tiles that span rows                                 +5% at W = 48         dense block: 1200-1270, 1130: dropped
+//   6 x 1 and 4 x 1 tiles, the loop alone                      fewer weights         1400, 1650 against 2000 of 2 x 2: dropped
+// The loop alone, without edges and epilogue, reaches 2000 on random values and 2500 on zeros; the roof is the same on both.
+// Left: the copies of the row's ends, 10-15% at W = 48.
+//
+// Dense block, 64 features, 4 x 32 growths, one thread: 1x256x256 1230-1270, 16x48x48 1180-1210; eager channels-last of torch 2.13
+// beside it, concatenations included, 560 and 700.
 #if defined(__x86_64__)
-#define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"
+#define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,prfchw"
 #include "cpu/target.h"
 #include "cpu/conv_engine.h"
 
@@ -36,107 +55,191 @@ struct alignas(64) TileConfig {
 };
 static constexpr TileConfig kConfig;
 
-// One tile of pixels: where each tap's pixels lie.
-struct Pixels {
-  const char* tap[9];
-  int64_t stride[9];  // bytes
-};
+constexpr int TILES = 3;  // of pixels in a block
 
-// sums[pixel][N * 16] of M tiles of pixels.
-template <int M, int N>
-static __attribute__((noinline)) void multiply(const Pixels* pixels, const char* weights, int64_t steps, float* sums) {
-  constexpr int64_t kWidth = N * 64, kChannels = 3 * kWidth;  // bytes of the outputs of one tap; from two channels to the next two
-  _tile_zero(0);
-  if (N > 1) _tile_zero(1);
-  if (M > 1) _tile_zero(2);
-  if (M > 1 && N > 1) _tile_zero(3);
-  for (int dy = 0; dy < 3; ++dy, weights += steps * 16 * kChannels) {
-    if (!pixels[0].tap[dy * 3 + 1]) continue;
-    for (int dx = 0; dx < 3; ++dx) {
-      const char *first = pixels[0].tap[dy * 3 + dx], *second = pixels[M - 1].tap[dy * 3 + dx], *w = weights + dx * kWidth;
-      const int64_t first_stride = pixels[0].stride[dy * 3 + dx], second_stride = pixels[M - 1].stride[dy * 3 + dx];
-      for (int64_t k = 0; k < steps; ++k, first += 64, second += 64, w += 16 * kChannels) {
-        _tile_loadd(4, first, first_stride);
-        _tile_loadd(6, w, kChannels);
-        _tile_dpbf16ps(0, 4, 6);
-        if (M > 1) {
-          _tile_loadd(5, second, second_stride);
-          _tile_dpbf16ps(2, 5, 6);
-        }
-        if (N > 1) {
-          _tile_loadd(7, w + 64, kChannels);
-          _tile_dpbf16ps(1, 4, 7);
-        }
-        if (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-  }
-  char* out = reinterpret_cast<char*>(sums);
-  _tile_stored(0, out, kWidth);
-  if (N > 1) _tile_stored(1, out + 64, kWidth);
-  if (M > 1) _tile_stored(2, out + 16 * kWidth, kWidth);
-  if (M > 1 && N > 1) _tile_stored(3, out + 16 * kWidth + 64, kWidth);
-}
-
-static void find_taps(const RowJob& job, int64_t column, Pixels* to) {
-  const int64_t pixel = job.x_pixel * 2, copied = job.conv->cin * 2;
-  for (int dy = 0; dy < 3; ++dy) {
-    for (int dx = 0; dx < 3; ++dx) {
-      const char* row = static_cast<const char*>(job.x[dy]);
-      const bool left = dx == 0 && column == 0 && job.left[dy];
-      const bool right = dx == 2 && column + kPixels == job.width && job.right[dy];
-      const void* edge = left ? job.left[dy] : right ? job.right[dy] : nullptr;
-      to->tap[dy * 3 + dx] = edge ? static_cast<const char*>(edge) : row ? row + (column + dx - 1) * pixel : nullptr;
-      to->stride[dy * 3 + dx] = edge ? copied : pixel;
-    }
-  }
-}
-
-// Up to two tiles of pixels from `column` on, whose sums await the epilogue; tile t starts at pixel start[t] <= column + 16 t.
+// A run of pixels and a group of outputs. The sums of pixel `begin` are at kPixels * width: the last tile of a row starts before
+// the run where it would end beyond the row (the same products in the same order; only the run's own pixels are kept).
 struct Block {
-  int64_t o, column, start[2];
-  int tiles, width;
-  alignas(64) float sums[2 * kPixels * GROUP];
+  const RowJob* job;
+  int64_t o, begin, end, width;
+  int64_t done;  // pixels before this one have left the epilogue
+  int tiles;
+  bool plain;     // bias and activation alone
+  int64_t start[TILES];
+  const char* tap[TILES][9];  // where each tap's pixels lie; null outside the image
+  alignas(64) float sums[(TILES + 1) * kPixels * GROUP];
 };
 
+// Two vectors as 32 bfloat16. The instruction flushes denormals, whose sign a backward reads: those go the long way.
+FASTSR_INLINE void store_pair(BFloat16* p, Vector low, Vector high) {
+  constexpr int kDenormal = 0x20;
+  if (_mm512_fpclass_ps_mask(low, kDenormal) | _mm512_fpclass_ps_mask(high, kDenormal)) [[unlikely]] {
+    store_as(p, low, LANES);
+    store_as(p + LANES, high, LANES);
+  } else {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+// Bias and activation alone, for `pixels` pixels of 32 outputs. For a slope in [0, 1] the activation is a maximum.
+FASTSR_INLINE void finish_plain(const RowJob& job, const float* sums, int64_t column, int64_t pixels, int64_t o) {
+  const float* bias = job.conv->bias + o;
+  const Vector low_bias = load(bias), high_bias = load(bias + LANES), slope = set1(job.epilogue.slope);
+  BFloat16* out = static_cast<BFloat16*>(job.out) + o + column * job.out_pixel;
+  for (int64_t i = 0; i < pixels; ++i, sums += GROUP, out += job.out_pixel) {
+    const Vector low = add(load(sums), low_bias), high = add(load(sums + LANES), high_bias);
+    store_pair(out, _mm512_max_ps(mul(low, slope), low), _mm512_max_ps(mul(high, slope), high));
+  }
+}
+
+// The epilogue of the next `count` pixels.
 template <class T>
-static void finish_block(const RowJob& job, const Block& block) {
-  for (int t = 0; t < block.tiles; ++t) {
-    const int64_t from = block.column + t * kPixels, to = from + kPixels < job.end ? from + kPixels : job.end;
-    const float* sums = block.sums + (t * kPixels + from - block.start[t]) * block.width;
-    finish<T>(job, sums, block.width, from, static_cast<int>(to - from), block.o);
+FASTSR_INLINE void finish_some(Block& block, int64_t count) {
+  const RowJob& job = *block.job;
+  const int64_t from = block.done, to = from + count < block.end ? from + count : block.end;
+  if (from == to) return;
+  const float* sums = block.sums + (kPixels + from - block.begin) * block.width;
+  if (block.plain) {
+    finish_plain(job, sums, from, to - from, block.o);
+  } else {
+    finish<T>(job, sums, static_cast<int>(block.width), from, static_cast<int>(to - from), block.o);
+  }
+  block.done = to;
+}
+
+// Asks for 32 channels of a third of the next row's pixels, and for the places of `share` outputs: all at once would fill the
+// queues of the caches.
+FASTSR_INLINE void fetch_some(const RowJob& job, const Block& block, int64_t dy, int64_t k, int64_t from, int64_t share) {
+  const int64_t pixels = block.end - block.begin;
+  if (job.ahead && block.o == 0) {
+    const char* p = static_cast<const char*>(job.ahead) + k * 64;
+    const int64_t stop = block.begin + pixels * (dy + 1) / 3;
+    for (int64_t i = block.begin + pixels * dy / 3; i < stop; ++i) __builtin_prefetch(p + i * job.x_pixel * 2, 0, 2);
+  }
+  const char* out = static_cast<const char*>(job.out) + block.o * 2;
+  for (int64_t i = from; i < from + share && i < block.end; ++i) __builtin_prefetch(out + i * job.out_pixel * 2, 1, 3);
+}
+
+// The sums of M tiles of pixels and N of outputs; the epilogue of the block before runs meanwhile, a few pixels at a time.
+template <class T, int M, int N>
+static __attribute__((noinline)) void multiply(const RowJob& job, Block& block, Block& before, const char* weights) {
+  constexpr int64_t kWidth = N * 64, kChannels = 3 * kWidth;  // bytes of the outputs of one tap; from two channels to the next two
+  const int64_t steps = job.conv->cin / kUnit, pixel = job.x_pixel * 2;
+  const int64_t share = (before.end - before.done + 2 * steps - 1) / (2 * steps);  // two of the three rows of taps may be all there is
+  const int64_t places = (block.end - block.begin + 3 * steps - 1) / (3 * steps);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if constexpr (M > 2) {
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+  for (int dy = 0; dy < 3; ++dy) {
+    if (!block.tap[0][dy * 3 + 1]) {
+      weights += steps * 16 * kChannels;
+      continue;
+    }
+    for (int64_t k = 0; k < steps; ++k, weights += 16 * kChannels) {
+      for (int dx = 0; dx < 3; ++dx) {
+        const int tap = dy * 3 + dx;
+        const char* w = weights + dx * kWidth;
+        if constexpr (M < 3) {
+          _tile_loadd(4, block.tap[0][tap] + k * 64, pixel);
+          _tile_loadd(6, w, kChannels);
+          _tile_dpbf16ps(0, 4, 6);
+          if constexpr (M > 1) {
+            _tile_loadd(5, block.tap[1][tap] + k * 64, pixel);
+            _tile_dpbf16ps(1, 5, 6);
+          }
+          if constexpr (N > 1) {
+            _tile_loadd(7, w + 64, kChannels);
+            _tile_dpbf16ps(2, 4, 7);
+            if constexpr (M > 1) _tile_dpbf16ps(3, 5, 7);
+          }
+        } else {
+          _tile_loadd(7, w, kChannels);
+          _tile_loadd(6, block.tap[0][tap] + k * 64, pixel);
+          _tile_dpbf16ps(0, 6, 7);
+          _tile_loadd(6, block.tap[1][tap] + k * 64, pixel);
+          _tile_dpbf16ps(1, 6, 7);
+          _tile_loadd(6, block.tap[2][tap] + k * 64, pixel);
+          _tile_dpbf16ps(2, 6, 7);
+          if constexpr (N > 1) {
+            _tile_loadd(7, w + 64, kChannels);
+            _tile_dpbf16ps(5, 6, 7);
+            _tile_loadd(6, block.tap[1][tap] + k * 64, pixel);
+            _tile_dpbf16ps(4, 6, 7);
+            _tile_loadd(6, block.tap[0][tap] + k * 64, pixel);
+            _tile_dpbf16ps(3, 6, 7);
+          }
+        }
+      }
+      finish_some<T>(before, share);
+      fetch_some(job, block, dy, k, block.begin + (dy * steps + k) * places, places);
+    }
+  }
+  float* out[TILES];
+  for (int t = 0; t < M; ++t) out[t] = block.sums + (kPixels + block.start[t] - block.begin) * N * LANES;
+  _tile_stored(0, out[0], kWidth);
+  if constexpr (M > 1) _tile_stored(1, out[1], kWidth);
+  if constexpr (M > 2) _tile_stored(2, out[2], kWidth);
+  if constexpr (M < 3 && N > 1) _tile_stored(2, out[0] + LANES, kWidth);
+  if constexpr (M > 2 && N > 1) _tile_stored(3, out[0] + LANES, kWidth);
+  if constexpr (M == 2 && N > 1) _tile_stored(3, out[1] + LANES, kWidth);
+  if constexpr (M > 2 && N > 1) {
+    _tile_stored(4, out[1] + LANES, kWidth);
+    _tile_stored(5, out[2] + LANES, kWidth);
+  }
+}
+
+static void find_taps(const RowJob& job, int64_t column, const char** tap) {
+  const int64_t pixel = job.x_pixel * 2;
+  for (int dy = 0; dy < 3; ++dy) {
+    const char* row = static_cast<const char*>(job.x[dy]);
+    for (int dx = 0; dx < 3; ++dx) tap[dy * 3 + dx] = row ? row + (column + dx - 1) * pixel : nullptr;
+    if (column == 0 && job.left[dy]) tap[dy * 3] = static_cast<const char*>(job.left[dy]);
+    if (column + kPixels == job.width && job.right[dy]) tap[dy * 3 + 2] = static_cast<const char*>(job.right[dy]);
   }
 }
 
 template <class T>
-static void row(const RowJob& job) {
-  if (job.end <= job.begin) return;
-  const int64_t steps = job.conv->cin / kUnit;
-  Block blocks[2], *done = nullptr;  // a block's epilogue runs while the products of the next are under way
+static void rows(const RowJob* jobs, int64_t job_count) {
+  static constexpr void (*kMultiply[2][TILES])(const RowJob&, Block&, Block&, const char*) = {
+      {&multiply<T, 1, 1>, &multiply<T, 2, 1>, &multiply<T, 3, 1>}, {&multiply<T, 1, 2>, &multiply<T, 2, 2>, &multiply<T, 3, 2>}};
+  Block blocks[2];
+  blocks[1].job = jobs, blocks[1].done = blocks[1].end = 0;
   int turn = 0;
   __asm__ volatile("ldtilecfg %0" ::"m"(kConfig));
-  for (int64_t o = 0; o < job.conv->cout; o += GROUP) {
-    const int vectors = job.conv->cout - o > LANES ? 2 : 1;
-    const char* weights = job.conv->weights + o * 9 * job.conv->cin * 2;
-    for (int64_t column = job.begin; column < job.end; column += 2 * kPixels, turn ^= 1) {
-      Block& next = blocks[turn];
-      next.o = o, next.column = column, next.tiles = 0, next.width = vectors * LANES;
-      Pixels pixels[2];
-      for (int64_t c = column; c < job.end && next.tiles < 2; c += kPixels, ++next.tiles) {
-        next.start[next.tiles] = c + kPixels <= job.end ? c : job.end > kPixels ? job.end - kPixels : 0;
-        find_taps(job, next.start[next.tiles], &pixels[next.tiles]);
+  for (int64_t i = 0; i < job_count; ++i) {
+    const RowJob& job = jobs[i];
+    const Epilogue& e = job.epilogue;
+    const bool bare = e.scale == 1.f && e.scale2 == 1.f && !e.mask && !e.skip && !e.skip2 && !e.out_lanes;
+    const bool plain = bare && e.slope > 0.f && e.slope <= 1.f;
+    const int64_t tiles = (job.end - job.begin + kPixels - 1) / kPixels, count = (tiles + TILES - 1) / TILES;
+    for (int64_t o = 0; o < job.conv->cout; o += GROUP) {
+      const int vectors = job.conv->cout - o > LANES ? 2 : 1;
+      const char* weights = job.conv->weights + o * 9 * job.conv->cin * 2;
+      for (int64_t b = 0; b < count; ++b, turn ^= 1) {
+        Block &block = blocks[turn], &before = blocks[turn ^ 1];
+        const int64_t first = tiles * b / count;
+        block.job = &job;
+        block.tiles = static_cast<int>(tiles * (b + 1) / count - first);
+        block.plain = plain && job.conv->cout - o >= GROUP;
+        block.o = o, block.width = vectors * LANES;
+        block.begin = block.done = job.begin + first * kPixels;
+        block.end = block.begin + block.tiles * kPixels < job.end ? block.begin + block.tiles * kPixels : job.end;
+        for (int t = 0; t < block.tiles; ++t) {
+          const int64_t c = block.begin + t * kPixels;
+          block.start[t] = c + kPixels <= job.end ? c : job.end > kPixels ? job.end - kPixels : 0;
+          find_taps(job, block.start[t], block.tap[t]);
+        }
+        kMultiply[vectors - 1][block.tiles - 1](job, block, before, weights);
+        finish_some<T>(before, before.end);
       }
-      if (o == 0) fetch_ahead(job, column, next.tiles == 2 ? 2 * kPixels : kPixels, job.x_pixel * 2, job.conv->cin * 2);
-      if (vectors == 2) {
-        next.tiles == 2 ? multiply<2, 2>(pixels, weights, steps, next.sums) : multiply<1, 2>(pixels, weights, steps, next.sums);
-      } else {
-        next.tiles == 2 ? multiply<2, 1>(pixels, weights, steps, next.sums) : multiply<1, 1>(pixels, weights, steps, next.sums);
-      }
-      if (done) finish_block<T>(job, *done);
-      done = &next;
     }
   }
-  finish_block<T>(job, *done);
+  finish_some<T>(blocks[turn ^ 1], blocks[turn ^ 1].end);
   _tile_release();
 }
 
@@ -144,14 +247,14 @@ static void copy(const void* from, void* to, int64_t count) { __builtin_memcpy(t
 
 // A pixel of 32, 64, ... channels is a whole number of vectors.
 static void gather_pixels(const char* from, int64_t stride, char* to, int64_t bytes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i, from += stride, to += bytes) {
+  for (int64_t i = 0; i < count; ++i, from += stride, to += stride) {
     for (int64_t b = 0; b < bytes; b += 64) _mm512_storeu_si512(to + b, _mm512_loadu_si512(from + b));
   }
 }
 
 extern const Kernel bfloat16 = {
     "bfloat16 tiles", Element::bf16, LANES, VECTORS, kUnit,
-    {nullptr, &row<BFloat16>, nullptr},
+    {nullptr, &rows<BFloat16>, nullptr},
     {nullptr, &copy, nullptr}, &gather_pixels,
 };
 

@@ -12,7 +12,7 @@ namespace fastsr::cpu::avx512 {
 
 extern const Kernel float32 = {
     "float32", Element::f32, LANES, VECTORS, 1,
-    {&row<Floats, float>, &row<Floats, BFloat16>, &row<Floats, Half>},
+    {&rows<Floats, float>, &rows<Floats, BFloat16>, &rows<Floats, Half>},
     {&read<float>, &read<BFloat16>, &read<Half>}, nullptr,
 };
 

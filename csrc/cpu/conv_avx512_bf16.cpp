@@ -29,7 +29,7 @@ static void copy(const void* from, void* to, int64_t count) { __builtin_memcpy(t
 
 extern const Kernel bfloat16 = {
     "bfloat16 pairs", Element::bf16, LANES, VECTORS, Pairs::kUnit,
-    {nullptr, &row<Pairs, BFloat16>, nullptr},
+    {nullptr, &rows<Pairs, BFloat16>, nullptr},
     {nullptr, &copy, nullptr}, nullptr,
 };
 

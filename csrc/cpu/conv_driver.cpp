@@ -139,7 +139,8 @@ void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, E
   }
 }
 
-RowInput::RowInput(const Kernel& kernel, const Layout& layout, Buffer& buffer) : kernel_(kernel), in_(layout) {
+RowInput::RowInput(const Kernel& kernel, const Layout& layout, int64_t rows, Buffer& buffer)
+    : kernel_(kernel), in_(layout), slot_count_(rows + 2) {
   padded_ = round_up(in_.channels, kernel.unit);
   width_ = in_.width * in_.upsample;
   type_bytes_ = bytes_of(in_.type), operand_bytes_ = bytes_of(kernel.operand);
@@ -148,13 +149,13 @@ RowInput::RowInput(const Kernel& kernel, const Layout& layout, Buffer& buffer) :
   int64_t pixels = 0;  // of a slot: a whole row, or the two ends of one
   if (converted_) pixels = kernel.gather ? std::max(width_, kEdge) + 2 : width_;
   if (edges_) pixels = 2 * kEdge;
-  const int64_t slot = round_up(pixels * padded_ * operand_bytes_, 64);
-  char* memory = slot ? static_cast<char*>(buffer.reserve(3 * slot)) : nullptr;
-  for (int i = 0; i < 3; ++i) slots_[i] = memory ? memory + i * slot : nullptr;
+  const int64_t slot = round_up(pixels * (edges_ ? in_.w : padded_) * operand_bytes_, 64);
+  char* memory = slot ? static_cast<char*>(buffer.reserve(slot_count_ * slot)) : nullptr;
+  for (int64_t i = 0; i < slot_count_; ++i) slots_[i] = memory ? memory + i * slot : nullptr;
   forget();
 }
 
-void RowInput::forget() { std::fill(keys_, keys_ + 3, -1); }
+void RowInput::forget() { std::fill(keys_, keys_ + kRows + 2, -1); }
 
 const char* RowInput::stored(int64_t n, int64_t y) const {
   return static_cast<const char*>(in_.data) + (n * in_.n + y * in_.h) * type_bytes_;
@@ -179,11 +180,11 @@ void RowInput::convert(char* to, const char* from) const {
 
 void RowInput::copy_edges(char* to, const char* from) const {
   const int64_t stride = in_.w * type_bytes_, pixel = in_.channels * type_bytes_;
-  char* right = to + kEdge * pixel;
+  char* right = to + kEdge * stride;
   std::memset(to, 0, pixel);
-  kernel_.gather(from, stride, to + pixel, pixel, kEdge - 1);
+  kernel_.gather(from, stride, to + stride, pixel, kEdge - 1);
   kernel_.gather(from + (width_ + 1 - kEdge) * stride, stride, right, pixel, kEdge - 1);
-  std::memset(right + (kEdge - 1) * pixel, 0, pixel);
+  std::memset(right + (kEdge - 1) * stride, 0, pixel);
 }
 
 void RowInput::set(RowJob& job, int64_t n, int64_t y) {
@@ -196,14 +197,15 @@ void RowInput::set(RowJob& job, int64_t n, int64_t y) {
     if (row < 0 || row >= in_.height * in_.upsample) continue;
     const int64_t source = row / in_.upsample, key = n * in_.height + source;
     const char* from = stored(n, source);
-    char* slot = slots_[source % 3];
-    if (slot && keys_[source % 3] != key) {
+    const int64_t at = source % slot_count_;
+    char* slot = slots_[at];
+    if (slot && keys_[at] != key) {
       converted_ ? convert(slot, from) : copy_edges(slot, from);
-      keys_[source % 3] = key;
+      keys_[at] = key;
     }
     const int64_t border = kernel_.gather ? padded_ * operand_bytes_ : 0;
     job.x[dy] = converted_ ? slot + border : from;
-    if (edges_) job.left[dy] = slot, job.right[dy] = slot + kEdge * padded_ * operand_bytes_;
+    if (edges_) job.left[dy] = slot, job.right[dy] = slot + kEdge * in_.w * operand_bytes_;
   }
 }
 

@@ -11,6 +11,14 @@ namespace fastsr::cpu {
 // The kernel for tensors of this dtype on the instruction set in use.
 const Kernel& choose_kernel(Element dtype);
 
+// Rows handed to a kernel at a time: narrow ones in numbers, so that the AMX kernel can run one row's epilogue beside the next row's
+// products.
+constexpr int64_t kRows = 8;
+inline int64_t rows_at_a_time(int64_t width) {
+  const int64_t rows = 192 / width;
+  return rows < 1 ? 1 : rows > kRows ? kRows : rows;
+}
+
 // Memory that grows and is kept; its start is aligned to a cache line.
 class Buffer {
  public:
@@ -43,7 +51,7 @@ void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, E
                int64_t pixel_shuffle = 1);
 
 // The rows of an input as a kernel wants them. Where dtype, upsampling or padding of channels forbid reading them in place,
-// the last three rows are kept converted; one object per thread and convolution.
+// the last rows are kept converted; one object per thread and convolution.
 class RowInput {
  public:
   struct Layout {
@@ -54,7 +62,8 @@ class RowInput {
     int upsample;
   };
 
-  RowInput(const Kernel& kernel, const Layout& layout, Buffer& buffer);
+  // `rows`: how many consecutive rows are asked for before the kernel runs.
+  RowInput(const Kernel& kernel, const Layout& layout, int64_t rows, Buffer& buffer);
 
   // Set the input fields of `job` for row y of image n of the (upsampled) picture.
   void set(RowJob& job, int64_t n, int64_t y);
@@ -72,8 +81,9 @@ class RowInput {
   int64_t padded_, width_;         // channels, and pixels of a row as the kernel sees it
   int64_t type_bytes_, operand_bytes_;
   bool converted_, edges_;
-  char* slots_[3];
-  int64_t keys_[3];
+  int64_t slot_count_;
+  char* slots_[kRows + 2];
+  int64_t keys_[kRows + 2];
 };
 
 }  // namespace fastsr::cpu

@@ -4,8 +4,9 @@
 //     [pixel][channel prefix]          *      [group][dy][c][dx][o]  ->  [pixel][channel slice]
 //
 // An operator packs its weights and walks the rows in any order it likes (conv_driver.h): per row it asks a `RowInput` for
-// the three rows above, at and below, and calls the kernel's `row`. No border is asked of any buffer. A pixel's summation
-// order is fixed by the kernel and the number of input channels alone: not by the picture's shape, the segment or the thread.
+// the three rows above, at and below, and hands a few rows at a time to the kernel's `rows`. No border is asked of any buffer.
+// A pixel's summation order is fixed by the kernel and the number of input channels alone: not by the picture's shape, the
+// segment or the thread.
 //
 // This header is read by the translation units of each instruction set: it holds no inline code, of which the
 // linker might keep the copy that needs the newest processor.
@@ -40,11 +41,11 @@ struct PackedConv {
   int64_t cout = 0;
 };
 
-// One row of one image: out[column] for begin <= column < end.
+// One row of one image: out[column] for begin <= column < end, begin < end.
 struct RowJob {
   const void* x[3];  // column 0 of the rows above, at and below; null outside the image
   int64_t x_pixel;   // elements from a pixel to the next
-  // For kernels that `gather`: copies of the kEdge pixels from column -1 on and of those up to column `width`, side by side and
+  // For kernels that `gather`: copies of the kEdge pixels from column -1 on and of those up to column `width`, x_pixel apart and
   // zeros included; null if the row itself may be read from column -1 to max(width, kEdge).
   const void* left[3];
   const void* right[3];
@@ -65,10 +66,10 @@ struct Kernel {
   Element operand;     // of the input rows and weights that it reads
   int lanes, vectors;  // output channels of a vector, vectors of a group
   int unit;            // the number of input channels is padded to a multiple of it
-  void (*row[3])(const RowJob&);                               // by the Element of output, mask and skips
+  void (*rows[3])(const RowJob* jobs, int64_t count);          // of one convolution, in order; by the Element of output, mask and skips
   void (*read[3])(const void* from, void* to, int64_t count);  // turns values of an Element into operands
   // Only of kernels that read tiles of kEdge pixels with the zeros at the row's ends: lays `count` operand pixels of a padded
-  // number of channels, `stride` bytes apart, side by side.
+  // number of channels, `stride` bytes apart.
   void (*gather)(const char* from, int64_t stride, char* to, int64_t bytes, int64_t count);
 };
 

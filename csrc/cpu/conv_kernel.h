@@ -212,7 +212,7 @@ FASTSR_INLINE void fetch_ahead(const RowJob& job, int64_t column, int64_t pixels
 }
 
 template <class Op, class T>
-static void row(const RowJob& job) {
+FASTSR_INLINE void row(const RowJob& job) {
   const int64_t count = job.end - job.begin;
   if (count <= 0) return;
   const int64_t tiles = (count + PIXELS - 1) / PIXELS, wide = count % tiles;
@@ -236,6 +236,11 @@ static void row(const RowJob& job) {
       column += pixels;
     }
   }
+}
+
+template <class Op, class T>
+static void rows(const RowJob* jobs, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) row<Op, T>(jobs[i]);
 }
 
 template <class T>
