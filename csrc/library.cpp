@@ -6,8 +6,9 @@ STABLE_TORCH_LIBRARY(fastsr, m) {
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str isa) -> ()");
-  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, float negative_slope, float scale, int upsample, int pixel_shuffle) -> ()");
-  m.def("dense_block(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, Tensor(a!) workspace, Tensor(b!) out, float negative_slope, float res_scale, float residual_scale) -> ()");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, float negative_slope, float scale, int upsample, int pixel_shuffle, Tensor? packed=None) -> ()");
+  m.def("pack_weights(Tensor[] weights, Tensor?[] biases, int pixel_shuffle) -> Tensor");
+  m.def("dense_block(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, Tensor(a!) workspace, Tensor(b!) out, float negative_slope, float res_scale, float residual_scale, Tensor? packed=None) -> ()");
   m.def("dense_block_features(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor(a!) workspace, float negative_slope) -> ()");
   m.def("dense_block_backward(Tensor grad, Tensor workspace, Tensor[] weights, Tensor(a!) grad_workspace, Tensor(b!)? dx, Tensor(c!)[] dweights, Tensor(d!)[] dbiases, float negative_slope, float res_scale, float residual_scale) -> ()");
 }

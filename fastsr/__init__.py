@@ -13,6 +13,7 @@ from fastsr._version import __version__
 if TYPE_CHECKING:
     from fastsr import models, nn, ops
     from fastsr.backends import BackendUnavailable, set_backend
+    from fastsr.nn.freezing import freeze, unfreeze
     from fastsr.upscaling import upscale, upscale_many
     from fastsr.weights import WeightsError, load, save
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendUnavailable": "backends",
     "WeightsError": "weights",
+    "freeze": "nn.freezing",
     "load": "weights",
     "save": "weights",
     "set_backend": "backends",
+    "unfreeze": "nn.freezing",
     "upscale": "upscaling",
     "upscale_many": "upscaling",
 }
@@ -32,12 +35,14 @@ __all__ = [
     "BackendUnavailable",
     "WeightsError",
     "__version__",
+    "freeze",
     "load",
     "models",
     "nn",
     "ops",
     "save",
     "set_backend",
+    "unfreeze",
     "upscale",
     "upscale_many",
 ]

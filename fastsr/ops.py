@@ -2,5 +2,6 @@
 
 from fastsr.kernels.conv3x3.op import conv3x3
 from fastsr.kernels.dense_block.op import dense_block
+from fastsr.kernels.packing import pack_weights
 
-__all__ = ["conv3x3", "dense_block"]
+__all__ = ["conv3x3", "dense_block", "pack_weights"]

@@ -9,6 +9,7 @@
 
 #include "common/conv3x3_args.h"
 #include "cpu/conv_driver.h"
+#include "cpu/frozen.h"
 
 namespace fastsr::cpu {
 namespace {
@@ -38,7 +39,7 @@ std::vector<int64_t> shuffled_lanes(const Conv3x3Args& a, const fastsr::Pixels& 
 const char* offset(const void* data, int64_t elements, int64_t size) { return static_cast<const char*>(data) + elements * size; }
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, Tensor out,
-             double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle) {
+             double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle, std::optional<Tensor> packed) {
   const Conv3x3Args a = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
   const Element type = element_of(x.scalar_type());
   if (a.batch * a.height * a.width * a.cout == 0) return;
@@ -46,10 +47,13 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   const int64_t size = type == Element::f32 ? 4 : 2, r = a.pixel_shuffle;
 
   thread_local Buffer weights;
-  PackedConv conv = packed_conv(kernel, a.cout, a.cin, weights.reserve(packed_bytes(kernel, a.cout, a.cin)));
-  const WeightView view{weight.const_data_ptr(), type, weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  pack_weights(kernel, conv, view, 0, a.cin, r);
-  pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, r);
+  char* frozen = frozen_weights(packed, kernel, type, {{a.cout, a.cin}}, r);
+  PackedConv conv = packed_conv(kernel, a.cout, a.cin, frozen ? frozen : weights.reserve(packed_bytes(kernel, a.cout, a.cin)));
+  if (!frozen) {
+    const WeightView view{weight.const_data_ptr(), type, weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    pack_weights(kernel, conv, view, 0, a.cin, r);
+    pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, r);
+  }
 
   std::vector<int64_t> out_lanes, skip_lanes;
   if (r > 1) out_lanes = shuffled_lanes(a, a.out);

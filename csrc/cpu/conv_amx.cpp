@@ -33,8 +33,8 @@
 // The loop alone, without edges and epilogue, reaches 2000 on random values and 2500 on zeros; the roof is the same on both.
 // Left: the copies of the row's ends, 10-15% at W = 48.
 //
-// Dense block, 64 features, 4 x 32 growths, one thread: 1x256x256 1230-1270, 16x48x48 1180-1210; eager channels-last of torch 2.13
-// beside it, concatenations included, 560 and 700.
+// Dense block, 64 features, 4 x 32 growths, one thread: 1x256x256 1230-1270, 16x48x48 1180-1260; eager channels-last of torch 2.13
+// beside it, concatenations included, 560 and 670-700.
 #if defined(__x86_64__)
 #define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,prfchw"
 #include "cpu/target.h"

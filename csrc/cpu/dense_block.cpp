@@ -4,9 +4,10 @@
 //                       --------> stage 0                writes the block's output. The backward's chain runs over
 //                       -------------> stage 1 ...       [ g5 | g4 | g3 | g2 | g1 ] in the same way.
 //
-// The chain is walked as a wavefront: stage k does row r - k when stage 0 does row r, so a row is read again while it is
-// still in L2. Each thread has a strip of rows and computes the few rows that its stages need beyond it once more
-// (K - 1 - k rows on each side for stage k): no thread waits for another, and a value does not depend on who computes it.
+// The chain is walked as a wavefront: stage k does row r - k when stage 0 does row r (a few rows at a time where they are
+// narrow), so a row is read again while it is still in L2. Each thread has a strip of rows and computes the few rows that
+// its stages need beyond it once more (K - 1 - k rows on each side for stage k): no thread waits for another, and a value does
+// not depend on who computes it.
 //
 // Moves      per pixel and block of 64 features and 4 x 32 growths: 64 values in, 192 + 64 out
 // Limit      the FMA units (or tiles): 479,232 FLOP per pixel against 1.3 KB in float32
@@ -19,6 +20,7 @@
 
 #include "common/dense_block_args.h"
 #include "cpu/conv_driver.h"
+#include "cpu/frozen.h"
 #include "cpu/wgrad.h"
 
 namespace fastsr::cpu {
@@ -55,25 +57,29 @@ struct Chain {
   int64_t size() const { return type == Element::f32 ? 4 : 2; }
 };
 
-// Rows [lo, hi) of image n through all stages.
-void walk_strip(const Chain& chain, std::vector<RowInput>& inputs, int64_t n, int64_t lo, int64_t hi) {
+// Rows [lo, hi) of image n through all stages, `together` rows at a time.
+void walk_strip(const Chain& chain, std::vector<RowInput>& inputs, int64_t n, int64_t lo, int64_t hi, int64_t together) {
   const int64_t last = static_cast<int64_t>(chain.stages.size()) - 1, size = chain.size();
-  for (int64_t r = std::max<int64_t>(0, lo - last); r < hi + last; ++r) {
+  for (int64_t r = std::max<int64_t>(0, lo - last); r < hi + last; r += together) {
     for (int64_t k = 0; k <= last; ++k) {
-      const int64_t y = r - k, beyond = last - k;
-      if (y < std::max<int64_t>(0, lo - beyond) || y >= std::min(chain.height, hi + beyond)) continue;
+      const int64_t beyond = last - k, from = std::max({r - k, lo - beyond, int64_t{0}});
+      const int64_t to = std::min({r - k + together, hi + beyond, chain.height});
       const Stage& s = chain.stages[k];
-      RowJob job{};
-      inputs[k].set(job, n, y);
-      job.begin = 0, job.end = chain.width;
-      job.conv = &s.conv;
-      job.out = s.out.row(n, y, size), job.out_pixel = s.out.w;
-      Epilogue& e = job.epilogue;
-      e.slope = s.slope, e.scale = s.scale, e.scale2 = s.scale2;
-      e.mask = s.mask.row(n, y, size), e.mask_pixel = s.mask.w;
-      e.skip = s.skip.row(n, y, size), e.skip_pixel = s.skip.w;
-      e.skip2 = s.skip2.row(n, y, size), e.skip2_pixel = s.skip2.w;
-      chain.kernel.row[static_cast<int>(chain.type)](job);
+      RowJob jobs[kRows];
+      for (int64_t y = from; y < to; ++y) {
+        RowJob& job = jobs[y - from] = {};
+        inputs[k].set(job, n, y);
+        if (k > 0) job.ahead = nullptr;  // the stages before are yet to write it
+        job.begin = 0, job.end = chain.width;
+        job.conv = &s.conv;
+        job.out = s.out.row(n, y, size), job.out_pixel = s.out.w;
+        Epilogue& e = job.epilogue;
+        e.slope = s.slope, e.scale = s.scale, e.scale2 = s.scale2;
+        e.mask = s.mask.row(n, y, size), e.mask_pixel = s.mask.w;
+        e.skip = s.skip.row(n, y, size), e.skip_pixel = s.skip.w;
+        e.skip2 = s.skip2.row(n, y, size), e.skip2_pixel = s.skip2.w;
+      }
+      if (from < to) chain.kernel.rows[static_cast<int>(chain.type)](jobs, to - from);
     }
   }
 }
@@ -83,16 +89,17 @@ void walk(const Chain& chain) {
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     thread_local std::vector<Buffer> buffers;
     if (buffers.size() < chain.stages.size()) buffers.resize(chain.stages.size());
+    const int64_t together = rows_at_a_time(chain.width);
     std::vector<RowInput> inputs;
     for (size_t k = 0; k < chain.stages.size(); ++k) {
       const RowInput::Layout layout{chain.buffer.data, chain.type, chain.buffer.n, chain.buffer.h, chain.buffer.w,
                                     chain.stages[k].inputs, chain.height, chain.width, 1};
-      inputs.emplace_back(chain.kernel, layout, buffers[k]);
+      inputs.emplace_back(chain.kernel, layout, together, buffers[k]);
     }
     for (int64_t row = rows * begin / strips, stop = rows * end / strips; row < stop;) {
       const int64_t n = row / chain.height, lo = row % chain.height, hi = std::min(chain.height, lo + stop - row);
       for (RowInput& input : inputs) input.forget();
-      walk_strip(chain, inputs, n, lo, hi);
+      walk_strip(chain, inputs, n, lo, hi, together);
       row += hi - lo;
     }
   });
@@ -114,10 +121,13 @@ Chain new_chain(const DenseBlockShape& s, const Tensor& buffer) {
   return {choose_kernel(type), type, s.batch, s.height, s.width, Plane(buffer), {}};
 }
 
-// Packed weights of all stages, in one allocation that each calling thread keeps.
+// Packed weights of all stages: those that were frozen, or one allocation that each calling thread keeps.
 class Packing {
  public:
-  Packing(const Kernel& kernel, const std::vector<std::pair<int64_t, int64_t>>& sizes) : kernel_(kernel) {
+  Packing(const Kernel& kernel, Element type, const Sizes& sizes, const std::optional<Tensor>& packed = std::nullopt) : kernel_(kernel) {
+    next_ = frozen_weights(packed, kernel, type, sizes, 1);
+    filled_ = next_ != nullptr;
+    if (filled_) return;
     thread_local Buffer memory;
     int64_t bytes = 0;
     for (const auto& [cout, cin] : sizes) bytes += packed_bytes(kernel, cout, cin);
@@ -128,24 +138,28 @@ class Packing {
     next_ += packed_bytes(kernel_, cout, cin);
     return conv;
   }
+  bool filled() const { return filled_; }
 
  private:
   const Kernel& kernel_;
   char* next_;
+  bool filled_;
 };
 
 // The first stages: workspace slices with LeakyReLU. `closed`: the caller sets where the last one goes.
 void pack_forward(Chain& chain, const DenseBlockShape& s, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                  double negative_slope) {
-  std::vector<std::pair<int64_t, int64_t>> sizes;
+                  double negative_slope, const std::optional<Tensor>& packed = std::nullopt) {
+  Sizes sizes;
   for (int64_t k = 0; k < s.convs(); ++k) sizes.emplace_back(s.outputs[k], s.begin[k]);
-  Packing packing(chain.kernel, sizes);
+  Packing packing(chain.kernel, chain.type, sizes, packed);
   for (int64_t k = 0; k < s.convs(); ++k) {
     const Tensor& w = weights[k];
     Stage stage;
     stage.conv = packing.take(s.outputs[k], s.begin[k]);
-    pack_weights(chain.kernel, stage.conv, {w.const_data_ptr(), chain.type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, s.begin[k]);
-    pack_bias(chain.kernel, stage.conv, biases[k] ? biases[k]->const_data_ptr() : nullptr, chain.type, biases[k] ? biases[k]->stride(0) : 0);
+    if (!packing.filled()) {
+      pack_weights(chain.kernel, stage.conv, {w.const_data_ptr(), chain.type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, s.begin[k]);
+      pack_bias(chain.kernel, stage.conv, biases[k] ? biases[k]->const_data_ptr() : nullptr, chain.type, biases[k] ? biases[k]->stride(0) : 0);
+    }
     stage.inputs = s.begin[k];
     stage.out = chain.buffer.from_channel(s.begin[k], chain.size());
     stage.slope = static_cast<float>(negative_slope);
@@ -168,7 +182,7 @@ void fill_prefix(const Tensor& x, const Plane& to, int64_t channels, Element typ
 }
 
 void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
-                 Tensor workspace, Tensor out, double negative_slope, double res_scale, double residual_scale) {
+                 Tensor workspace, Tensor out, double negative_slope, double res_scale, double residual_scale, std::optional<Tensor> packed) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
   check_pixel_major(x, workspace, x.size(1), "x");
   check_pixel_major(out, workspace, x.size(1), "out");
@@ -177,7 +191,7 @@ void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optiona
   if (out.numel() == 0) return;
   Chain chain = new_chain(s, workspace);
   fill_prefix(x, chain.buffer, x.size(1), chain.type);
-  pack_forward(chain, s, weights, biases, negative_slope);
+  pack_forward(chain, s, weights, biases, negative_slope, packed);
   Stage& last = chain.stages.back();
   last.slope = 1.f;
   last.scale = static_cast<float>(res_scale);
@@ -202,7 +216,7 @@ void dense_block_features(Tensor x, std::vector<Tensor> weights, std::vector<std
 void pack_backward(Chain& chain, const DenseBlockShape& s, const std::vector<Tensor>& weights, const Tensor& workspace, double negative_slope, bool needs_dx) {
   const int64_t convs = s.convs();
   // Stage j is the gradient at the source that convolution K - 1 - j wrote; for j = K - 1 that is x.
-  std::vector<std::pair<int64_t, int64_t>> sizes;
+  Sizes sizes;
   int64_t inputs = 0;
   std::vector<int64_t> prefix;
   for (int64_t j = 0; j < convs; ++j) {
@@ -212,7 +226,7 @@ void pack_backward(Chain& chain, const DenseBlockShape& s, const std::vector<Ten
     sizes.emplace_back(source < 0 ? s.begin[0] : s.outputs[source], inputs);
   }
   prefix.push_back(inputs);
-  Packing packing(chain.kernel, sizes);
+  Packing packing(chain.kernel, chain.type, sizes);
   for (int64_t j = 0; j < convs - (needs_dx ? 0 : 1); ++j) {
     const int64_t source = convs - 2 - j, first = source < 0 ? 0 : s.begin[source];
     Stage stage;

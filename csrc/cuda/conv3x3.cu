@@ -45,7 +45,8 @@ void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const s
 }
 
 void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-             const Tensor& out, double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle) {
+             const Tensor& out, double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle,
+             const std::optional<Tensor>& /* packed: only the CPU has frozen weights */) {
   const Conv3x3Args args = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
   switch (x.scalar_type()) {
     case ScalarType::Float: return run<float>(args, x, weight, bias, residual, out);

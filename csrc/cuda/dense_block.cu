@@ -90,7 +90,8 @@ void with_type(ScalarType dtype, Run run) {
 }
 
 void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, Tensor workspace, Tensor out,
-                 double negative_slope, double res_scale, double residual_scale) {
+                 double negative_slope, double res_scale, double residual_scale,
+                 std::optional<Tensor> /* packed: only the CPU has frozen weights */) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
   check_pixel_major(x, workspace, x.size(1), "x");
   check_pixel_major(out, workspace, x.size(1), "out");

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastsr import ops
 from fastsr.backends import BACKENDS, Backend
+from fastsr.nn.freezing import Freezable
 
 
 class Module(nn.Module):
@@ -33,7 +34,7 @@ class Module(nn.Module):
                 child._backend = name
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Freezable, nn.Conv2d):
     """A 3x3 convolution with stride 1 and zero padding of one pixel, run by `fastsr.ops.conv3x3`.
 
     An `nn.Conv2d` in every other way: parameters, initialisation, state dict. `forward` takes the options of
@@ -45,7 +46,10 @@ class Conv3x3(nn.Conv2d):
         self._backend: Backend = backend
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
-        return ops.conv3x3(x, self.weight, self.bias, backend=self._backend, **options)
+        return ops.conv3x3(x, self.weight, self.bias, backend=self._backend, packed=self.packed, **options)
+
+    def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        return [self.weight], [self.bias]
 
 
 def needs_grad(module: nn.Module, *tensors: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ Source: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial N
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastsr import ops
 from fastsr.backends import Backend
+from fastsr.nn.freezing import Freezable
 from fastsr.nn.module import Conv3x3, Module, empty_buffer, needs_grad
 
 NEGATIVE_SLOPE = 0.2
@@ -21,7 +23,7 @@ RES_SCALE = 0.2
 Save = Literal["all", "input"]
 
 
-class ResidualDenseBlock(Module):
+class ResidualDenseBlock(Freezable, Module):
     """Five 3x3 convolutions, each of which sees the outputs of all before it.
 
     For x with F = `num_feat` channels, growth G = `num_grow_ch`:
@@ -86,7 +88,14 @@ class ResidualDenseBlock(Module):
 
     def _dense_block(self, x: Tensor, skip: Tensor | None, **options: Any) -> Tensor:
         weights, biases = [conv.weight for conv in self._convs], [conv.bias for conv in self._convs]
-        return ops.dense_block(x, weights, biases, NEGATIVE_SLOPE, RES_SCALE, skip, RES_SCALE, backend=self.backend, **options)
+        options = {"backend": self.backend, "packed": self.packed, **options}
+        return ops.dense_block(x, weights, biases, NEGATIVE_SLOPE, RES_SCALE, skip, RES_SCALE, **options)
+
+    def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        return [conv.weight for conv in self._convs], [conv.bias for conv in self._convs]
+
+    def parts_packed_here(self) -> Iterable[nn.Module]:
+        return self._convs
 
 
 class ResidualDenseBlockPlus(ResidualDenseBlock):
@@ -105,6 +114,12 @@ class ResidualDenseBlockPlus(ResidualDenseBlock):
     def __init__(self, num_feat: int = 64, num_grow_ch: int = 32, backend: Backend = "auto", *, save: Save = "all") -> None:
         super().__init__(num_feat, num_grow_ch, backend, save=save)
         self.conv1x1 = nn.Conv2d(num_feat, num_grow_ch, 1, bias=False)
+
+    def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        return [], []  # each convolution is an op of its own here
+
+    def parts_packed_here(self) -> Iterable[nn.Module]:
+        return ()
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if not needs_grad(self, x, skip):

@@ -18,13 +18,14 @@ def conv3x3_into(
     scale: float,
     upsample: int,
     pixel_shuffle: int,
+    packed: Tensor | None = None,
 ) -> None:
     """Write steps 1-5 of `fastsr.ops.conv3x3` into `out`; x, residual and out are pixel-major."""
-    torch.ops.fastsr.conv3x3(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle)
+    torch.ops.fastsr.conv3x3(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle, packed)
 
 
 if _native.offers("conv3x3"):
 
     @torch.library.register_fake("fastsr::conv3x3")
-    def _(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle):  # type: ignore[no-untyped-def]
+    def _(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle, packed=None):  # type: ignore[no-untyped-def]
         return None

@@ -51,6 +51,7 @@ def conv3x3(
     upsample: int = 1,
     pixel_shuffle: int = 1,
     out: Tensor | None = None,
+    packed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Convolve `x` with `weight` and apply bias, activation, PixelShuffle, scale and residual in one pass.
@@ -67,6 +68,7 @@ def conv3x3(
         pixel_shuffle: r >= 1; O must be divisible by r^2.
         out: inference only: a channels-last tensor of the output's shape or a channel slice of one, which
             shares no element with x; it is written in place and returned.
+        packed: inference only: `fastsr.ops.pack_weights([weight], [bias], pixel_shuffle)`; ignored where it does not fit.
         backend: "auto", "compiled", "triton" or "reference".
 
     Returns:
@@ -96,7 +98,7 @@ def conv3x3(
         return y if out is None else out.copy_(y)
     if needs_grad:
         return _Conv3x3.apply(x, weight, bias, residual, slope, scale, upsample, pixel_shuffle, run)
-    return _forward(out, shape, x, weight, bias, residual, slope, scale, upsample, pixel_shuffle, run)
+    return _forward(out, shape, x, weight, bias, residual, slope, scale, upsample, pixel_shuffle, run, packed)
 
 
 def _slope(activation: str, negative_slope: float) -> float:
@@ -150,6 +152,7 @@ def _forward(
     upsample: int,
     pixel_shuffle: int,
     run: str,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Run one of the kernels."""
     if out is None:
@@ -158,13 +161,13 @@ def _forward(
         return out
     x = checks.pixel_major(x)
     residual = None if residual is None else checks.pixel_major(residual)
+    options = (x, weight, bias, residual, slope, scale, upsample, pixel_shuffle)
     if run == "triton":
         from fastsr.kernels.conv3x3 import triton  # imported late: Triton costs seconds and may be missing
 
-        launch = triton.conv3x3_into
+        triton.conv3x3_into(out, *options)
     else:
-        launch = compiled.conv3x3_into
-    launch(out, x, weight, bias, residual, slope, scale, upsample, pixel_shuffle)
+        compiled.conv3x3_into(out, *options, packed)
     return out
 
 

@@ -20,11 +20,12 @@ def forward_into(
     negative_slope: float,
     res_scale: float,
     residual_scale: float,
+    packed: Tensor | None = None,
 ) -> None:
     """Fill `workspace` with [x | a1 | a2 | ...] and `out` with the block's output; all pixel-major.
 
     Nothing is copied where x already is the workspace's channel prefix."""
-    torch.ops.fastsr.dense_block(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale)
+    torch.ops.fastsr.dense_block(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale, packed)
 
 
 def features_into(
@@ -57,7 +58,7 @@ def backward_into(
 if _native.offers("dense_block", "dense_block_features", "dense_block_backward"):
 
     @torch.library.register_fake("fastsr::dense_block")
-    def _(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale):  # type: ignore[no-untyped-def]
+    def _(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale, packed=None):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake("fastsr::dense_block_features")

@@ -57,6 +57,7 @@ def dense_block(
     *,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    packed: Tensor | None = None,
     save: Literal["all", "input"] = "all",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -74,6 +75,7 @@ def dense_block(
             block's workspace; it shares no element with x or `workspace`. It is written in place and returned.
         workspace: inference only: a channels-last (N, C, H, W) tensor to work in. Where x is its channel prefix
             (`x = workspace[:, :F]`) nothing is copied.
+        packed: inference only: `fastsr.ops.pack_weights(weights, biases)`; ignored where it does not fit.
         save: "all" keeps the workspace for backward; "input" keeps x alone and recomputes the rest.
         backend: "auto", "compiled", "triton" or "reference".
 
@@ -112,7 +114,7 @@ def dense_block(
         workspace = checks.empty_pixels(x, channels, *x.shape[2:])
     if out is None:
         out = checks.empty_pixels(x, *x.shape[1:])
-    return _forward(out, workspace, x, weights, biases, residual, scales, run)
+    return _forward(out, workspace, x, weights, biases, residual, scales, run, packed)
 
 
 def _check(
@@ -168,10 +170,12 @@ def _forward(
     residual: Tensor | None,
     scales: tuple[float, float, float],
     run: str,
+    packed: Tensor | None = None,
 ) -> Tensor:
     if out.numel():
         residual = None if residual is None else checks.pixel_major(residual)
-        _kernels(run).forward_into(out, workspace, checks.pixel_major(x), weights, biases, residual, *scales)
+        more = (packed,) if run == "compiled" else ()
+        _kernels(run).forward_into(out, workspace, checks.pixel_major(x), weights, biases, residual, *scales, *more)
     return out
 
 
