@@ -14,17 +14,6 @@
 namespace fastsr::cpu {
 namespace {
 
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "conv3x3: dtype ", torch::headeronly::toString(type), "; expected float32, bfloat16 or float16");
-  return Element::f32;
-}
-
 // Offsets of the packed output channels within the r x r pixels that PixelShuffle makes of one.
 std::vector<int64_t> shuffled_lanes(const Conv3x3Args& a, const fastsr::Pixels& strides) {
   const int64_t r = a.pixel_shuffle, channels = a.cout / (r * r);
@@ -41,7 +30,7 @@ const char* offset(const void* data, int64_t elements, int64_t size) { return st
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, Tensor out,
              double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle, std::optional<Tensor> packed) {
   const Conv3x3Args a = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
-  const Element type = element_of(x.scalar_type());
+  const Element type = element_of(x.scalar_type(), "conv3x3");
   if (a.batch * a.height * a.width * a.cout == 0) return;
   const Kernel& kernel = choose_kernel(type);
   const int64_t size = type == Element::f32 ? 4 : 2, r = a.pixel_shuffle;

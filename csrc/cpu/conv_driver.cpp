@@ -65,6 +65,18 @@ void pack_block(const Kernel& kernel, const PackedConv& conv, const WeightView& 
 
 }  // namespace
 
+Element element_of(torch::headeronly::ScalarType type, const char* op) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": dtype ", torch::headeronly::toString(type), "; expected float32, bfloat16 or float16");
+  return Element::f32;
+}
+
 const Kernel& choose_kernel([[maybe_unused]] Element dtype) {
 #if defined(__x86_64__)
   const Isa best = isa();

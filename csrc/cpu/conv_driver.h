@@ -1,5 +1,7 @@
 // What an operator needs around the engine of conv_engine.h: the choice of kernel, packing, and the input's rows.
 #pragma once
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -7,6 +9,9 @@
 #include "cpu/conv_engine.h"
 
 namespace fastsr::cpu {
+
+// The dtype of an op's tensors; throws for one that has no kernel.
+Element element_of(torch::headeronly::ScalarType type, const char* op);
 
 // The kernel for tensors of this dtype on the instruction set in use.
 const Kernel& choose_kernel(Element dtype);

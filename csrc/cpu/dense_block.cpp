@@ -105,19 +105,8 @@ void walk(const Chain& chain) {
   });
 }
 
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "dense_block: dtype ", torch::headeronly::toString(type), "; expected float32, bfloat16 or float16");
-  return Element::f32;
-}
-
 Chain new_chain(const DenseBlockShape& s, const Tensor& buffer) {
-  const Element type = element_of(buffer.scalar_type());
+  const Element type = element_of(buffer.scalar_type(), "dense_block");
   return {choose_kernel(type), type, s.batch, s.height, s.width, Plane(buffer), {}};
 }
 

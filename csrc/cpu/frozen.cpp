@@ -31,10 +31,6 @@ Header header_of(const Kernel& kernel, Element type, const Sizes& sizes, int64_t
   return h;
 }
 
-Element element_of(ScalarType type) {
-  return type == ScalarType::Float ? Element::f32 : type == ScalarType::BFloat16 ? Element::bf16 : Element::f16;
-}
-
 Tensor pack(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, int64_t pixel_shuffle) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "pack_weights: ", weights.size(), " weights and ", biases.size(),
                   " biases; expected as many of each, at least one");
@@ -44,7 +40,7 @@ Tensor pack(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> bias
                     "pack_weights: expected weights (O, C, 3, 3) of one dtype");
     sizes.emplace_back(w.size(0), w.size(1));
   }
-  const Element type = element_of(weights[0].scalar_type());
+  const Element type = element_of(weights[0].scalar_type(), "pack_weights");
   const Kernel& kernel = choose_kernel(type);
   const Header header = header_of(kernel, type, sizes, pixel_shuffle);
   Tensor frozen = torch::stable::new_empty(weights[0], {header.bytes}, ScalarType::Byte);
