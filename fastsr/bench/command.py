@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of every runner; default: all cores of this process")
     parser.add_argument("--rounds", type=int, help="rounds in which every runner takes its turn; default 5, quick 3")
     parser.add_argument("--runner", action="append", default=[], help="only this runner; may be repeated")
+    parser.add_argument("--case", action="append", default=[], help="only cases whose name holds this text; may be repeated")
     parser.add_argument("--huge-pages", action="store_true", help="THP_MEM_ALLOC_ENABLE=1 for every runner (huge pages in large buffers)")
     parser.add_argument("--json", metavar="F", help="write every sample, the roofs and the environment to F")
 
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds or (3 if args.quick else 5),
         round_seconds=0.2 if args.quick else 0.5,
         runners=tuple(args.runner),
+        match=tuple(args.case),
         variables={"THP_MEM_ALLOC_ENABLE": "1"} if args.huge_pages else {},
     )
     try:
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
         known = dict.fromkeys(name for module in modules for case in suite.cases(module, settings.options) for name in case.runners)
         if unknown := [name for name in settings.runners if name not in known]:
             raise ValueError(f"no runner is called {unknown[0]!r}; expected {', '.join(known)}")
+        names = [case.name for module in modules for case in suite.cases(module, settings.options)]
+        if missing := [text for text in settings.match if not any(text in name for name in names)]:
+            raise ValueError(f"no case's name holds {missing[0]!r}; they are: {'; '.join(names)}")
     except ValueError as error:
         print(f"fastsr bench: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,7 @@ class Settings:
     build_timeout: float = 600.0
     round_timeout: float = 120.0
     runners: tuple[str, ...] = ()  # names to run; empty for all
+    match: tuple[str, ...] = ()  # run the cases whose name holds one of these; empty for all
     variables: Mapping[str, str] = field(default_factory=dict)  # set in the workers, such as THP_MEM_ALLOC_ENABLE
 
 
@@ -67,6 +68,8 @@ def run(
         report["roofs"] = roofs.measure_gpu(settings.options.dtypes)
     for module in modules:
         for case in suite.cases(module, settings.options):
+            if settings.match and not any(text in case.name for text in settings.match):
+                continue
             say(f"{case.name} on {device}")
             before = roofs.measure_cpu(settings.threads) if device == "cpu" else report["roofs"]
             rows = run_case(module, case, settings, say)
