@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": NETWORKS,
     "fusion": NETWORKS,
     "upscaling": {*NETWORKS, "models", "weights", "atomic"},
-    "bench": {*NETWORKS, "kernels", "models", "weights", "memory", "fusion", "upscaling"},
+    "bench": {*NETWORKS, "atomic", "kernels", "models", "weights", "memory", "fusion", "upscaling"},
     "cli": {*NETWORKS, "models", "weights", "memory", "fusion", "upscaling", "bench"},
 }
 

@@ -6,10 +6,10 @@ import io
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastsr.atomic import atomic_file
 from fastsr.bench.case import BASELINE
 
 #: The version of the JSON's layout.
@@ -43,18 +43,10 @@ def write_json(path: str | Path, report: Any) -> None:
     """Write all or nothing: a reader never sees half a file, and an interrupted write leaves the old one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_finite(report), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        file.write(json.dumps(_finite(report), indent=1, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _finite(value: Any) -> Any:
