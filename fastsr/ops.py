@@ -3,5 +3,6 @@
 from fastsr.kernels.conv3x3.op import conv3x3
 from fastsr.kernels.dense_block.op import dense_block
 from fastsr.kernels.packing import pack_weights
+from fastsr.kernels.rcab.op import rcab
 
-__all__ = ["conv3x3", "dense_block", "pack_weights"]
+__all__ = ["conv3x3", "dense_block", "pack_weights", "rcab"]

@@ -1,0 +1,1 @@
+"""The residual channel attention block: see `op.py`."""

@@ -1,0 +1,137 @@
+"""RCAN's residual channel attention block: convolution, ReLU, convolution, channel attention and skip, in two passes.
+
+For an image x[n, c, h, w] of F channels, M hidden channels, zero padding of one pixel and a squeeze of F to R channels:
+
+    1. r = relu(bias1 + weight1 * x);  u = bias2 + weight2 * r                       (3x3 convolutions)
+    2. p[n, c] = mean over h, w of u[n, c, h, w]
+    3. s[n, c] = sigmoid(up_bias + up_weight . relu(down_bias + down_weight . p))[n, c]
+    4. y       = res_scale * s * u + x
+
+The mean of a convolution is the convolution's weights times sums of its input, so p needs r alone, and the second
+convolution writes y at once:
+
+    5. p[n, c] = bias2[c] + 1/(HW) * sum over m and the taps k of weight2[c, m, k] * T[n, m, k]
+       T[n, m, k] = the sum of r[n, m] over the pixels that tap k reads: all, less a border row and a border column
+
+Backward, with g the gradient of y and G[n] the weight gradient of weight2 for image n alone, taken with g itself:
+
+    6. ds[n, c] = sum over h, w of res_scale * g * u = res_scale * (<G[n, c], weight2[c]> + bias2[c] * sum of g[n, c])
+    7. the gradients of step 3 from ds; e[n, c] = dp[n, c] / (HW)
+    8. du = res_scale * s * g + e;  dr = (r > 0) * (flipped weight2 * du);  dx = flipped weight1 * dr + g
+    9. dweight2 = sum over n of res_scale * s[n] G[n] + e[n] T[n];  dbias2 = sum of du;  dweight1, dbias1 from x and dr
+
+Source: Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", ECCV 2018, arXiv 1807.02758.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastsr import backends
+from fastsr.backends import Backend
+from fastsr.kernels import checks, gate
+from fastsr.kernels.rcab import reference
+
+backends.register("rcab", rules=())
+
+
+def rcab(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    res_scale: float = 1.0,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    packed: Tensor | None = None,
+    save: Literal["all", "input"] = "all",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Run a whole residual channel attention block on `x`.
+
+    Both convolutions have stride 1 and zero padding of one pixel: the identity of step 5 knows no other.
+
+    Args:
+        x: (N, F, H, W); float32, float16, bfloat16 or float64; any strides (channels-last costs no copy).
+        weight1: (M, F, 3, 3).  bias1: (M,) or None.
+        weight2: (F, M, 3, 3).  bias2: (F,) or None.
+        down_weight: (R, F) or (R, F, 1, 1), the squeeze.  down_bias: (R,) or None.
+        up_weight: (F, R) or (F, R, 1, 1), the excitation.  up_bias: (F,) or None.
+        res_scale: scales the gated branch before the skip.
+        out: inference only: a channels-last tensor like x, or a channel slice of one; it is written in place and
+            returned. It may be x itself, and shares no element with it otherwise, nor with `workspace`.
+        workspace: inference only: a channels-last (N, M, H, W) tensor for the hidden channels.
+        packed: inference only: `fastsr.ops.pack_weights([weight1, weight2], [bias1, bias2])`; ignored where it does not fit.
+        save: "all" keeps the hidden channels for backward; "input" keeps x alone and recomputes the rest.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        (N, F, H, W) in x's dtype (autocast's under autocast), channels-last.
+
+    Saved for backward: x, r (M values a pixel; not with save="input"), vectors of N*F and N*M float32; and the weights.
+    Backward is first-order only (the reference backend differentiates any number of times).
+
+    Raises:
+        ValueError: shapes that do not fit together, an `out` or `workspace` that cannot be written in place or is
+            given where a gradient is needed.
+        TypeError: an unsupported dtype, or dtypes that differ.
+        BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
+    """
+    x, *parameters = checks.autocast(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias)
+    hidden = _check(save, x, *parameters)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+    _check_buffers(x, hidden, out, workspace, needs_grad)
+    backends.choose("rcab", backend, x)
+    y = reference.rcab(x, *parameters, res_scale=res_scale)
+    return y if out is None else out.copy_(y)
+
+
+def _check(
+    save: str,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+) -> int:
+    """Check all but the buffers; the number of hidden channels."""
+    checks.check_dtype("rcab", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    checks.check_shape("rcab", "x", x, (None,) * 4, "(N, F, H, W)")
+    if min(x.shape[1:]) == 0:
+        raise ValueError(f"rcab: x has shape {tuple(x.shape)}; expected at least one channel and one pixel")
+    if save not in ("all", "input"):
+        raise ValueError(f"rcab: save is {save!r}; expected 'all' or 'input'")
+    features = x.shape[1]
+    checks.check_shape("rcab", "weight1", weight1, (None, features, 3, 3), "(M, F, 3, 3)")
+    hidden = weight1.shape[0]
+    if hidden == 0:
+        raise ValueError(f"rcab: weight1 has shape {tuple(weight1.shape)}; expected at least one hidden channel")
+    checks.check_shape("rcab", "bias1", bias1, (hidden,), "(M,)")
+    checks.check_shape("rcab", "weight2", weight2, (features, hidden, 3, 3), "(F, M, 3, 3)")
+    checks.check_shape("rcab", "bias2", bias2, (features,), "(F,)")
+    gate.check("rcab", x, features, down_weight, down_bias, up_weight, up_bias)
+    return hidden
+
+
+def _check_buffers(x: Tensor, hidden: int, out: Tensor | None, workspace: Tensor | None, needs_grad: bool) -> None:
+    for name, buffer, channels in (("out", out, x.shape[1]), ("workspace", workspace, hidden)):
+        if buffer is None:
+            continue
+        if needs_grad:
+            raise ValueError(f"rcab: {name} is for inference only; call it under torch.no_grad() or leave {name} away")
+        checks.check_dtype("rcab", x, **{name: buffer})
+        checks.check_shape("rcab", name, buffer, (x.shape[0], channels, *x.shape[2:]), "x's images and size")
+        checks.check_pixel_major("rcab", name, buffer)
