@@ -1,8 +1,9 @@
 """The operators. Each is documented at its own function; `fastsr info` tells which backend runs it here."""
 
+from fastsr.kernels.channel_attention.op import channel_attention
 from fastsr.kernels.conv3x3.op import conv3x3
 from fastsr.kernels.dense_block.op import dense_block
 from fastsr.kernels.packing import pack_weights
 from fastsr.kernels.rcab.op import rcab
 
-__all__ = ["conv3x3", "dense_block", "pack_weights", "rcab"]
+__all__ = ["channel_attention", "conv3x3", "dense_block", "pack_weights", "rcab"]

@@ -1,0 +1,158 @@
+"""Channel attention: scale every channel by a gate computed from its global average, then add a skip.
+
+For an image x[n, c, h, w] and a squeeze of C channels to R:
+
+    1. p[n, c] = mean over h, w of x[n, c, h, w]                           in float32, whatever x is
+    2. z[n, r] = activation(down_bias[r] + sum over c of down_weight[r, c] * p[n, c])       or z = p without down_weight
+    3. s[n, c] = gate(up_bias[c] + sum over r of up_weight[c, r] * z[n, r])
+    4. y = res_scale * s * x + residual
+
+`activation` is relu or silu; `gate` is sigmoid, hardsigmoid (v -> clamp(v / 6 + 1/2, 0, 1)) or none. This is RCAN's CALayer, the
+squeeze-and-excitation of many networks, the attention of HAT's CAB, and, without down_weight and gate, that of NAFNet.
+The backward reads grad and x once for a sum, and grad once more, with g = grad and v, u the arguments of gate and activation:
+
+    5. ds[n, c] = res_scale * sum over h, w of g * x;  dv = ds * gate'(v);  dz = up_weight^T dv;  du = dz * activation'(u)
+    6. dx = res_scale * s * g + (down_weight^T du) / (H * W);  dresidual = g
+    7. dup_weight[c, r] = sum over n of dv[n, c] * z[n, r];  dup_bias = sum of dv;  likewise ddown_weight from du and p
+
+Eager PyTorch reads or writes tensors of x's size six times and more, in eleven kernels; this op does so four times in two passes.
+
+Sources: Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", 2018, arXiv 1807.02758;
+Hu et al., "Squeeze-and-Excitation Networks", 2017, arXiv 1709.01507; Chen et al., "Simple Baselines for Image Restoration"
+(NAFNet), 2022, arXiv 2204.04676.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastsr import backends
+from fastsr.backends import Backend
+from fastsr.kernels import checks
+from fastsr.kernels.channel_attention import reference
+
+Gate = Literal["sigmoid", "hardsigmoid", "none"]
+Activation = Literal["relu", "silu"]
+
+backends.register("channel_attention", rules=())
+
+
+def channel_attention(
+    x: Tensor,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    res_scale: float = 1.0,
+    gate: Gate = "sigmoid",
+    activation: Activation = "relu",
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Gate the channels of `x` and add `residual`.
+
+    Args:
+        x: (N, C, H, W); float32, float16, bfloat16 or float64; any strides. Channels-last tensors, channel slices of
+            them and tensors of contiguous planes (NCHW) are read where they lie; other layouts are copied once.
+        down_weight: (R, C) or (R, C, 1, 1), the squeeze; None for none, then R = C.  down_bias: (R,) or None.
+        up_weight: (C, R) or (C, R, 1, 1), the excitation.  up_bias: (C,) or None.
+        residual: of x's shape, or None for no skip.
+        res_scale: scales the gated branch before the skip.
+        gate: "sigmoid", "hardsigmoid" or "none".
+        activation: of the squeezed vector, "relu" or "silu"; unused without down_weight.
+        out: inference only: a tensor of x's shape which is written in place and returned. It may be x or residual
+            itself, else it shares no element with them.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format. Under autocast x, the parameters and residual may differ in dtype:
+        the parameters are cast as those of `conv2d`, and the output has the dtype to which x, residual and autocast's
+        dtype promote, as in eager PyTorch: bfloat16 stays bfloat16, and a float32 x or residual gives float32.
+
+    Saved for backward: x, p and s (N * C values of float32 each), and the parameters; nothing where residual alone needs a
+    gradient. Backward is first-order only (the reference backend differentiates any number of times).
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown gate or activation, a down_bias without a
+            down_weight, an `out` that cannot be written in place or is given where a gradient is needed.
+        TypeError: an unsupported dtype, or dtypes that differ.
+        BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
+    """
+    x, residual, down_weight, down_bias, up_weight, up_bias = _autocast(x, residual, down_weight, down_bias, up_weight, up_bias)
+    _check(x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation)
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if out is not None:
+        _check_out(out, x, needs_grad)
+    run = backends.choose("channel_attention", backend, x).backend
+    assert run == "reference"
+    y = reference.channel_attention(*tensors, res_scale=res_scale, gate=gate, activation=activation)
+    return y if out is None else out.copy_(y)
+
+
+def _autocast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast: all tensors in the dtype that eager's result would have. The gate is no less exact for that."""
+    device = x.device.type
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    tensors = (x, residual, *parameters)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype not in low:
+        return tensors
+    dtype = torch.promote_types(x.dtype, torch.get_autocast_dtype(device))
+    if residual is not None and residual.dtype in low:
+        dtype = torch.promote_types(dtype, residual.dtype)
+    return tuple(t.to(dtype) if t is not None and t.dtype in low else t for t in tensors)
+
+
+def _check(
+    x: Tensor,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: str,
+    activation: str,
+) -> None:
+    """Check all but `out`."""
+    op = "channel_attention"
+    parameters = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    checks.check_dtype(op, x, **parameters, residual=residual)
+    checks.check_shape(op, "x", x, (None,) * 4, "(N, C, H, W)")
+    if min(x.shape[1:]) == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one channel and one pixel")
+    channels = squeezed = x.shape[1]
+    if down_weight is not None:
+        squeezed = _check_weight("down_weight", down_weight, (None, channels), "(R, C)")
+        if squeezed == 0:
+            raise ValueError(f"{op}: down_weight has shape {tuple(down_weight.shape)}; expected at least one row")
+        checks.check_shape(op, "down_bias", down_bias, (squeezed,), "(R,)")
+    elif down_bias is not None:
+        raise ValueError(f"{op}: down_bias has shape {tuple(down_bias.shape)}, but there is no down_weight")
+    _check_weight("up_weight", up_weight, (channels, squeezed), "(C, R)" if down_weight is not None else "(C, C)")
+    checks.check_shape(op, "up_bias", up_bias, (channels,), "(C,)")
+    checks.check_shape(op, "residual", residual, x.shape, "x's shape")
+    if gate not in get_args(Gate):
+        raise ValueError(f"{op}: gate is {gate!r}; expected one of {', '.join(map(repr, get_args(Gate)))}")
+    if activation not in get_args(Activation):
+        raise ValueError(f"{op}: activation is {activation!r}; expected one of {', '.join(map(repr, get_args(Activation)))}")
+
+
+def _check_weight(name: str, weight: Tensor, expected: tuple[int | None, int], meaning: str) -> int:
+    """Check a matrix or 1x1 convolution; its number of rows."""
+    ones = (1, 1) if weight.dim() == 4 else ()
+    checks.check_shape("channel_attention", name, weight, (*expected, *ones), f"{meaning} or with two sizes of 1 behind")
+    return weight.shape[0]
+
+
+def _check_out(out: Tensor, x: Tensor, needs_grad: bool) -> None:
+    if needs_grad:
+        raise ValueError("channel_attention: out is for inference only; call it under torch.no_grad() or leave out away")
+    checks.check_dtype("channel_attention", x, out=out)
+    checks.check_shape("channel_attention", "out", out, x.shape, "x's shape")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"channel_attention: out has strides {out.stride()}; an expanded tensor cannot be written in place")
