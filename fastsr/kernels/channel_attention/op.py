@@ -24,7 +24,7 @@ Hu et al., "Squeeze-and-Excitation Networks", 2017, arXiv 1709.01507; Chen et al
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,8 @@ from fastsr import backends
 from fastsr.backends import Backend
 from fastsr.kernels import checks
 from fastsr.kernels.channel_attention import reference
-
-Gate = Literal["sigmoid", "hardsigmoid", "none"]
-Activation = Literal["relu", "silu"]
+from fastsr.kernels.gate import Activation, Gate
+from fastsr.kernels.gate import check as check_gate
 
 backends.register("channel_attention", rules=())
 
@@ -84,7 +83,8 @@ def channel_attention(
         BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
     """
     x, residual, down_weight, down_bias, up_weight, up_bias = _autocast(x, residual, down_weight, down_bias, up_weight, up_bias)
-    _check(x, down_weight, down_bias, up_weight, up_bias, residual, gate, activation)
+    _check(x, residual)
+    check_gate("channel_attention", x, x.shape[1], down_weight, down_bias, up_weight, up_bias, gate, activation)
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if out is not None:
@@ -108,45 +108,12 @@ def _autocast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) ->
     return tuple(t.to(dtype) if t is not None and t.dtype in low else t for t in tensors)
 
 
-def _check(
-    x: Tensor,
-    down_weight: Tensor | None,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    gate: str,
-    activation: str,
-) -> None:
-    """Check all but `out`."""
-    op = "channel_attention"
-    parameters = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
-    checks.check_dtype(op, x, **parameters, residual=residual)
-    checks.check_shape(op, "x", x, (None,) * 4, "(N, C, H, W)")
+def _check(x: Tensor, residual: Tensor | None) -> None:
+    checks.check_dtype("channel_attention", x, residual=residual)
+    checks.check_shape("channel_attention", "x", x, (None,) * 4, "(N, C, H, W)")
     if min(x.shape[1:]) == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one channel and one pixel")
-    channels = squeezed = x.shape[1]
-    if down_weight is not None:
-        squeezed = _check_weight("down_weight", down_weight, (None, channels), "(R, C)")
-        if squeezed == 0:
-            raise ValueError(f"{op}: down_weight has shape {tuple(down_weight.shape)}; expected at least one row")
-        checks.check_shape(op, "down_bias", down_bias, (squeezed,), "(R,)")
-    elif down_bias is not None:
-        raise ValueError(f"{op}: down_bias has shape {tuple(down_bias.shape)}, but there is no down_weight")
-    _check_weight("up_weight", up_weight, (channels, squeezed), "(C, R)" if down_weight is not None else "(C, C)")
-    checks.check_shape(op, "up_bias", up_bias, (channels,), "(C,)")
-    checks.check_shape(op, "residual", residual, x.shape, "x's shape")
-    if gate not in get_args(Gate):
-        raise ValueError(f"{op}: gate is {gate!r}; expected one of {', '.join(map(repr, get_args(Gate)))}")
-    if activation not in get_args(Activation):
-        raise ValueError(f"{op}: activation is {activation!r}; expected one of {', '.join(map(repr, get_args(Activation)))}")
-
-
-def _check_weight(name: str, weight: Tensor, expected: tuple[int | None, int], meaning: str) -> int:
-    """Check a matrix or 1x1 convolution; its number of rows."""
-    ones = (1, 1) if weight.dim() == 4 else ()
-    checks.check_shape("channel_attention", name, weight, (*expected, *ones), f"{meaning} or with two sizes of 1 behind")
-    return weight.shape[0]
+        raise ValueError(f"channel_attention: x has shape {tuple(x.shape)}; expected at least one channel and one pixel")
+    checks.check_shape("channel_attention", "residual", residual, x.shape, "x's shape")
 
 
 def _check_out(out: Tensor, x: Tensor, needs_grad: bool) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastsr.kernels import gate as gates
 
 
 def channel_attention(
@@ -20,14 +21,9 @@ def channel_attention(
     activation: str = "relu",
 ) -> Tensor:
     """Steps 1-4 of `fastsr.ops.channel_attention`; weights may be matrices or 1x1 convolutions."""
-    s = F.adaptive_avg_pool2d(x, 1)
-    if down_weight is not None:
-        s = F.conv2d(s, down_weight.view(*down_weight.shape[:2], 1, 1), down_bias)
-        s = F.relu(s) if activation == "relu" else F.silu(s)
-    s = F.conv2d(s, up_weight.view(*up_weight.shape[:2], 1, 1), up_bias)
-    if gate != "none":
-        s = torch.sigmoid(s) if gate == "sigmoid" else F.hardsigmoid(s)
-    y = x * s
+    pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+    s = gates.reference(pooled, down_weight, down_bias, up_weight, up_bias, gate, activation)
+    y = x * s[:, :, None, None]
     if res_scale != 1.0:
         y = y * res_scale
     return y if residual is None else y + residual
