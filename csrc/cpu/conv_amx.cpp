@@ -214,7 +214,7 @@ static void rows(const RowJob* jobs, int64_t job_count) {
   for (int64_t i = 0; i < job_count; ++i) {
     const RowJob& job = jobs[i];
     const Epilogue& e = job.epilogue;
-    const bool bare = e.scale == 1.f && e.scale2 == 1.f && !e.mask && !e.skip && !e.skip2 && !e.out_lanes;
+    const bool bare = e.scale == 1.f && e.scale2 == 1.f && !e.gate && !e.mask && !e.skip && !e.skip2 && !e.out_lanes;
     const bool plain = bare && e.slope > 0.f && e.slope <= 1.f;
     const int64_t tiles = (job.end - job.begin + kPixels - 1) / kPixels, count = (tiles + TILES - 1) / TILES;
     for (int64_t o = 0; o < job.conv->cout; o += GROUP) {

@@ -19,10 +19,11 @@ namespace fastsr::cpu {
 enum class Element : int { f32, bf16, f16 };
 
 // What follows the sum v of a pixel: u = v + bias; then u = act(u), or u = mask > 0 ? u : slope * u where a mask is given;
-// then y = scale * u + skip; then y = scale2 * y + skip2 where a second skip is given.
+// then y = scale * gate[o] * u + skip; then y = scale2 * y + skip2 where a second skip is given.
 struct Epilogue {
   float slope = 1.f;  // of the activation: 1 is none, 0 is ReLU
   float scale = 1.f, scale2 = 1.f;
+  const float* gate = nullptr;  // of each output channel, padded as the bias; null stands for 1
   const void* mask = nullptr;  // column 0, first channel of the slice, of this row; null for none
   const void* skip = nullptr;
   const void* skip2 = nullptr;

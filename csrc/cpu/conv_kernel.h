@@ -146,13 +146,14 @@ FASTSR_INLINE void scatter(T* p, const int64_t* lanes, Vector v, int count) {
 template <class T>
 static __attribute__((noinline)) void finish(const RowJob& job, const float* sums, int stride, int64_t column, int pixels, int64_t o) {
   const Epilogue e = job.epilogue;
-  const Vector scale = set1(e.scale), scale2 = set1(e.scale2), slope = set1(e.slope), zero = set1(0.f);
+  const Vector scale2 = set1(e.scale2), slope = set1(e.slope), zero = set1(0.f);
   const int64_t out_pixel = job.out_pixel;
-  const bool plain = e.scale == 1.f && e.scale2 == 1.f && !e.mask && !e.skip && !e.skip2, linear = e.slope == 1.f, relu_ = e.slope == 0.f;
+  const bool plain = e.scale == 1.f && e.scale2 == 1.f && !e.gate && !e.mask && !e.skip && !e.skip2, linear = e.slope == 1.f, relu_ = e.slope == 0.f;
   for (int c = 0; c < stride && o + c < job.conv->cout; c += LANES) {
     const int64_t left = job.conv->cout - o - c;
     const int count = left < LANES ? static_cast<int>(left) : LANES;
     const Vector bias = load(job.conv->bias + o + c);
+    const Vector scale = e.gate ? mul(set1(e.scale), load(e.gate + o + c)) : set1(e.scale);
     int64_t out_offset = o + c, skip_offset = o + c;
     const int64_t* out_lanes = scattered(e.out_lanes, o + c, count, &out_offset);
     const int64_t* skip_lanes = scattered(e.skip_lanes, o + c, count, &skip_offset);

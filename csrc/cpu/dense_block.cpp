@@ -21,25 +21,11 @@
 #include "common/dense_block_args.h"
 #include "cpu/conv_driver.h"
 #include "cpu/frozen.h"
+#include "cpu/plane.h"
 #include "cpu/wgrad.h"
 
 namespace fastsr::cpu {
 namespace {
-
-// A tensor's pixels: where they lie, in elements. Null data stands for no tensor.
-struct Plane {
-  char* data = nullptr;
-  int64_t n = 0, h = 0, w = 0;
-
-  Plane() = default;
-  explicit Plane(const Tensor& t) : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), n(t.stride(0)), h(t.stride(2)), w(t.stride(3)) {}
-  char* row(int64_t image, int64_t y, int64_t size) const { return data ? data + (image * n + y * h) * size : nullptr; }
-  Plane from_channel(int64_t c, int64_t size) const {
-    Plane p = *this;
-    p.data += c * size;
-    return p;
-  }
-};
 
 struct Stage {
   PackedConv conv;
@@ -110,45 +96,15 @@ Chain new_chain(const DenseBlockShape& s, const Tensor& buffer) {
   return {choose_kernel(type), type, s.batch, s.height, s.width, Plane(buffer), {}};
 }
 
-// Packed weights of all stages: those that were frozen, or one allocation that each calling thread keeps.
-class Packing {
- public:
-  Packing(const Kernel& kernel, Element type, const Sizes& sizes, const std::optional<Tensor>& packed = std::nullopt) : kernel_(kernel) {
-    next_ = frozen_weights(packed, kernel, type, sizes, 1);
-    filled_ = next_ != nullptr;
-    if (filled_) return;
-    thread_local Buffer memory;
-    int64_t bytes = 0;
-    for (const auto& [cout, cin] : sizes) bytes += packed_bytes(kernel, cout, cin);
-    next_ = static_cast<char*>(memory.reserve(bytes));
-  }
-  PackedConv take(int64_t cout, int64_t cin) {
-    const PackedConv conv = packed_conv(kernel_, cout, cin, next_);
-    next_ += packed_bytes(kernel_, cout, cin);
-    return conv;
-  }
-  bool filled() const { return filled_; }
-
- private:
-  const Kernel& kernel_;
-  char* next_;
-  bool filled_;
-};
-
 // The first stages: workspace slices with LeakyReLU. `closed`: the caller sets where the last one goes.
 void pack_forward(Chain& chain, const DenseBlockShape& s, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                   double negative_slope, const std::optional<Tensor>& packed = std::nullopt) {
   Sizes sizes;
   for (int64_t k = 0; k < s.convs(); ++k) sizes.emplace_back(s.outputs[k], s.begin[k]);
-  Packing packing(chain.kernel, chain.type, sizes, packed);
+  PackedConvs convs(chain.kernel, chain.type, sizes, packed);
   for (int64_t k = 0; k < s.convs(); ++k) {
-    const Tensor& w = weights[k];
     Stage stage;
-    stage.conv = packing.take(s.outputs[k], s.begin[k]);
-    if (!packing.filled()) {
-      pack_weights(chain.kernel, stage.conv, {w.const_data_ptr(), chain.type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, s.begin[k]);
-      pack_bias(chain.kernel, stage.conv, biases[k] ? biases[k]->const_data_ptr() : nullptr, chain.type, biases[k] ? biases[k]->stride(0) : 0);
-    }
+    stage.conv = convs.take(weights[k], biases[k]);
     stage.inputs = s.begin[k];
     stage.out = chain.buffer.from_channel(s.begin[k], chain.size());
     stage.slope = static_cast<float>(negative_slope);
@@ -215,11 +171,11 @@ void pack_backward(Chain& chain, const DenseBlockShape& s, const std::vector<Ten
     sizes.emplace_back(source < 0 ? s.begin[0] : s.outputs[source], inputs);
   }
   prefix.push_back(inputs);
-  Packing packing(chain.kernel, chain.type, sizes);
+  PackedConvs packed(chain.kernel, chain.type, sizes);
   for (int64_t j = 0; j < convs - (needs_dx ? 0 : 1); ++j) {
     const int64_t source = convs - 2 - j, first = source < 0 ? 0 : s.begin[source];
     Stage stage;
-    stage.conv = packing.take(sizes[j].first, sizes[j].second);
+    stage.conv = packed.take(sizes[j].first, sizes[j].second);
     for (int64_t i = 0; i <= j; ++i) {  // the gradients of convolutions K - 1 .. K - 1 - j, in the buffer's order
       const Tensor& w = weights[convs - 1 - i];
       const char* at = static_cast<const char*>(w.const_data_ptr()) + (first * w.stride(1) + 2 * w.stride(2) + 2 * w.stride(3)) * chain.size();

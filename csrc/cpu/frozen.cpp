@@ -31,6 +31,11 @@ Header header_of(const Kernel& kernel, Element type, const Sizes& sizes, int64_t
   return h;
 }
 
+void fill(const Kernel& kernel, const PackedConv& conv, Element type, const Tensor& w, const std::optional<Tensor>& bias, int64_t pixel_shuffle) {
+  pack_weights(kernel, conv, {w.const_data_ptr(), type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, w.size(1), pixel_shuffle);
+  pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, pixel_shuffle);
+}
+
 Tensor pack(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, int64_t pixel_shuffle) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "pack_weights: ", weights.size(), " weights and ", biases.size(),
                   " biases; expected as many of each, at least one");
@@ -48,11 +53,8 @@ Tensor pack(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> bias
   std::memcpy(p, &header, sizeof header);
   p += sizeof header;
   for (size_t k = 0; k < weights.size(); ++k) {
-    const Tensor& w = weights[k];
     const auto [cout, cin] = sizes[k];
-    const PackedConv conv = packed_conv(kernel, cout, cin, p);
-    pack_weights(kernel, conv, {w.const_data_ptr(), type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, cin, pixel_shuffle);
-    pack_bias(kernel, conv, biases[k] ? biases[k]->const_data_ptr() : nullptr, type, biases[k] ? biases[k]->stride(0) : 0, pixel_shuffle);
+    fill(kernel, packed_conv(kernel, cout, cin, p), type, weights[k], biases[k], pixel_shuffle);
     p += packed_bytes(kernel, cout, cin);
   }
   return frozen;
@@ -67,6 +69,27 @@ char* frozen_weights(const std::optional<Tensor>& frozen, const Kernel& kernel, 
   std::memcpy(&header, p, sizeof header);
   const bool fits = header == header_of(kernel, type, sizes, pixel_shuffle) && frozen->numel() == header.bytes;
   return fits && reinterpret_cast<uintptr_t>(p) % 64 == 0 ? p + sizeof header : nullptr;
+}
+
+PackedConvs::PackedConvs(const Kernel& kernel, Element type, const Sizes& sizes, const std::optional<Tensor>& frozen)
+    : kernel_(kernel), type_(type), next_(frozen_weights(frozen, kernel, type, sizes, 1)), filled_(next_ != nullptr) {
+  if (filled_) return;
+  thread_local Buffer memory;
+  int64_t bytes = 0;
+  for (const auto& [cout, cin] : sizes) bytes += packed_bytes(kernel, cout, cin);
+  next_ = static_cast<char*>(memory.reserve(bytes));
+}
+
+PackedConv PackedConvs::take(int64_t cout, int64_t cin) {
+  const PackedConv conv = packed_conv(kernel_, cout, cin, next_);
+  next_ += packed_bytes(kernel_, cout, cin);
+  return conv;
+}
+
+PackedConv PackedConvs::take(const Tensor& weight, const std::optional<Tensor>& bias) {
+  const PackedConv conv = take(weight.size(0), weight.size(1));
+  if (!filled_) fill(kernel_, conv, type_, weight, bias, 1);
+  return conv;
 }
 
 }  // namespace fastsr::cpu

@@ -58,8 +58,10 @@ void weight_gradients(const WeightGradient* convs, int count, int64_t batch, int
           task.x.data = offset(conv.x.data, c, size), task.g.data = offset(conv.g.data, o, size);
           task.channels = std::min(channels, conv.cin - c), task.outputs = std::min(outputs, conv.cout - o);
           task.first_tap = tap, task.last_tap = tap + taps;
-          task.dweight = offset(conv.dweight, (o * conv.cin + c) * 9, size), task.output_stride = conv.cin * 9;
-          task.dbias = conv.dbias && c == 0 && tap == 0 ? offset(conv.dbias, o, size) : nullptr;
+          const int64_t result = conv.wide ? 4 : size;
+          task.dweight = offset(conv.dweight, (o * conv.cin + c) * 9, result), task.output_stride = conv.cin * 9;
+          task.dbias = conv.dbias && c == 0 && tap == 0 ? offset(conv.dbias, o, result) : nullptr;
+          task.wide = conv.wide;
           task.scale = scale;
           tasks.push_back(task);
         }

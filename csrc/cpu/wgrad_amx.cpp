@@ -238,7 +238,7 @@ static void run_tiles(const WeightGradientTask& task) {
   }
   _tile_release();
   in_order(sums, plan.blocks * 9 * plan.sums_tap / BLOCK);
-  write_sums<BFloat16>(task, sums, plan.sums_tap, BLOCK, bias);
+  write_results<BFloat16>(task, sums, plan.sums_tap, BLOCK, bias);
 }
 
 static int64_t tiles_bytes(const WeightGradientTask& task) { return plan_tiles(task).plan.bytes; }

@@ -15,6 +15,7 @@ struct WeightGradientTask {
   void* dweight;                  // of the first output and input channel
   int64_t output_stride;          // elements from an output channel to the next
   void* dbias;                    // of the first output channel; null for none
+  bool wide;                      // dweight and dbias are float32
   float scale;
   void* scratch;                  // aligned to a cache line
 };

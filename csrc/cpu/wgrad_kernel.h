@@ -259,6 +259,11 @@ static void write_sums(const WeightGradientTask& task, const float* all_sums, in
   }
 }
 
+template <class T>
+static void write_results(const WeightGradientTask& task, const float* sums, int64_t tap, int64_t narrow, const float* bias) {
+  task.wide ? write_sums<float>(task, sums, tap, narrow, bias) : write_sums<T>(task, sums, tap, narrow, bias);
+}
+
 template <class Op, class T>
 static void run_task(const WeightGradientTask& task) {
   const Plan plan = plan_task<Op>(task);
@@ -289,7 +294,7 @@ static void run_task(const WeightGradientTask& task) {
     add_segment<Op>(task, plan, at);
     at = following(task, plan, at);
   }
-  write_sums<T>(task, reinterpret_cast<const float*>(scratch), plan.sums_tap, LANES, bias);
+  write_results<T>(task, reinterpret_cast<const float*>(scratch), plan.sums_tap, LANES, bias);
 }
 
 template <class Op>
