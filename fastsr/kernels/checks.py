@@ -43,6 +43,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
 
 
+def autocast_float32(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, widen float16 and bfloat16 tensors (or None) to float32, as torch does for operations that need its range."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
 def is_pixel_major(x: Tensor) -> bool:
     """True if the channels of each pixel of an (N, C, H, W) tensor lie side by side, as in channels-last
     tensors and in channel slices of them; the kernels read and write such tensors in place."""

@@ -1,0 +1,1 @@
+"""Vector quantisation with its losses and statistics."""
