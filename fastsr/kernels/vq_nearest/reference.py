@@ -35,7 +35,11 @@ def search(x: Tensor, codebook: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
 
 
 def _search_head(rows: Tensor, codes: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    rows, codes = _lanes(rows, cosine), _lanes(codes, cosine)
+    return _nearest_of_all(_lanes(rows, cosine), _lanes(codes, cosine))
+
+
+def _nearest_of_all(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and distances of rows and codes in lanes, a chunk at a time."""
     n, k = len(rows), len(codes)
     codes_at_once = min(k, CHUNK_VALUES // LANES)
     rows_at_once = max(1, CHUNK_VALUES // (LANES * codes_at_once))
