@@ -31,4 +31,5 @@ def text(found: list[dict[str, Any]]) -> str:
     for row in found:
         lines.append(f"{row['name']:24}  {row['about']}")
         lines.append(f"{'':24}  {'installed: ' + row['path'] if row['path'] else 'not installed: ' + row['get']}")
-    return "\n".join([*lines, "", "Any RRDBNet file is taken by its path too: .pth, .safetensors, or ncnn's .param and .bin."])
+    paths = "Any file of an RRDBNet or RCAN is taken by its path too: .pth, .safetensors, and for RRDBNet ncnn's .param and .bin."
+    return "\n".join([*lines, "", paths])

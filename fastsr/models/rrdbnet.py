@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr.backends import Backend
+from fastsr.models.pictures import check_picture, unshuffled
 from fastsr.nn import RRDB, Conv3x3, Module, needs_grad
-from fastsr.nn.rrdb import NEGATIVE_SLOPE, Save
+from fastsr.nn.module import Save
+from fastsr.nn.rrdb import NEGATIVE_SLOPE
 
 SCALES = (1, 2, 4, 8, 16)
+
+#: What the tail costs, in blocks of the trunk.
+TAIL_BLOCKS = 2
 
 #: scale -> BasicSR's pixel-unshuffle factor before the trunk; 1 where it is not named
 UNSHUFFLE = {1: 4, 2: 2}
@@ -101,27 +105,13 @@ class RRDBNet(Module):
         Raises:
             ValueError: x has other dimensions or another number of channels.
         """
-        if x.dim() != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[1:]:
-            raise ValueError(f"RRDBNet: x has shape {tuple(x.shape)}; expected (N, {self.num_in_ch}, H, W) with at least one pixel")
+        check_picture("RRDBNet", x, self.num_in_ch)
         h, w = x.shape[2:]
         return self.tail(self.features(x))[:, :, : h * self.scale, : w * self.scale]
 
     def features(self, x: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
         """Steps 1 to 3; at inference `progress` is told after each block which part of them is done."""
-        return self.trunk(self._unshuffled(x), progress)
-
-    def _unshuffled(self, x: Tensor) -> Tensor:
-        """Step 1, with the padding that it needs."""
-        r = self.unshuffle
-        if r == 1:
-            return x
-        h, w = x.shape[2:]
-        bottom, right = -h % r, -w % r
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom), "reflect" if bottom < h and right < w else "replicate")
-        n, c, h, w = x.shape
-        # not F.pixel_unshuffle, which hands back an empty batch unchanged
-        return x.reshape(n, c, h // r, r, w // r, r).permute(0, 1, 3, 5, 2, 4).reshape(n, c * r * r, h // r, w // r)
+        return self.trunk(unshuffled(x, self.unshuffle), progress)
 
     def trunk(self, x: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
         """Steps 2 and 3: the (unshuffled) image -> features (N, num_feat, H, W), channels-last."""
@@ -144,6 +134,11 @@ class RRDBNet(Module):
             z = getattr(self, f"conv_up{k}")(z, upsample=2, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
         z = self.conv_hr(z, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
         return self.conv_last(z)
+
+    @property
+    def trunk_share(self) -> float:
+        """The part of the time that `features` takes."""
+        return self.num_block / (self.num_block + TAIL_BLOCKS)
 
     @property
     def tail_scale(self) -> int:

@@ -16,6 +16,7 @@ class Freezable(nn.Module):
     """A module whose weights can be packed. Moving, casting or loading drops them, and it works as before."""
 
     packed: Tensor | None = None
+    pixel_shuffle: int = 1  # as the op gets it
 
     def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """The weights and biases of the op that `forward` calls; empty if it calls none with packed weights."""
@@ -49,7 +50,7 @@ def freeze(model: AnyModule) -> AnyModule:
     for module in model.modules():
         if isinstance(module, Freezable) and module not in elsewhere:
             weights, biases = module.weights_to_pack()
-            module.packed = ops.pack_weights(weights, biases) if weights else None
+            module.packed = ops.pack_weights(weights, biases, module.pixel_shuffle) if weights else None
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from fastsr import ops
 from fastsr.backends import BACKENDS, Backend
 from fastsr.nn.freezing import Freezable
+
+#: What a block keeps for backward: all that it needs there, or its input alone, from which it computes the rest again.
+Save = Literal["all", "input"]
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, "Tensor | None")
 
 
 class Module(nn.Module):
@@ -38,18 +43,30 @@ class Conv3x3(Freezable, nn.Conv2d):
     """A 3x3 convolution with stride 1 and zero padding of one pixel, run by `fastsr.ops.conv3x3`.
 
     An `nn.Conv2d` in every other way: parameters, initialisation, state dict. `forward` takes the options of
-    `fastsr.ops.conv3x3` (`activation`, `scale`, `residual`, `upsample`, `pixel_shuffle`, `out`).
+    `fastsr.ops.conv3x3` (`activation`, `scale`, `residual`, `upsample`, `out`).
+
+    Args:
+        pixel_shuffle: the PixelShuffle by which the result is written.
+
+    Attributes:
+        float16_scale: multiplies the bias where the convolution is computed in float16: see `fastsr.models.RCAN`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, backend: Backend = "auto") -> None:
+    float16_scale: float = 1.0
+
+    def __init__(
+        self, in_channels: int, out_channels: int, bias: bool = True, backend: Backend = "auto", *, pixel_shuffle: int = 1
+    ) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
         self._backend: Backend = backend
+        self.pixel_shuffle = pixel_shuffle
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
-        return ops.conv3x3(x, self.weight, self.bias, backend=self._backend, packed=self.packed, **options)
+        bias = scaled(self.bias, self.float16_scale, compute_dtype(x))
+        return ops.conv3x3(x, self.weight, bias, pixel_shuffle=self.pixel_shuffle, backend=self._backend, packed=self.packed, **options)
 
     def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        return [self.weight], [self.bias]
+        return [self.weight], [scaled(self.bias, self.float16_scale, self.weight.dtype)]
 
 
 def needs_grad(module: nn.Module, *tensors: Tensor | None) -> bool:
@@ -65,6 +82,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def scaled(parameter: OptionalTensor, scale: float, dtype: torch.dtype) -> OptionalTensor:
+    """The parameter times `scale` where features are computed in float16, else the parameter itself."""
+    return parameter if parameter is None or scale == 1.0 or dtype != torch.float16 else parameter * scale
 
 
 def empty_buffer(like: Tensor, channels: int) -> Tensor:

@@ -6,7 +6,7 @@ Source: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial N
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from fastsr import ops
 from fastsr.backends import Backend
 from fastsr.nn.freezing import Freezable
-from fastsr.nn.module import Conv3x3, Module, empty_buffer, needs_grad
+from fastsr.nn.module import Conv3x3, Module, Save, empty_buffer, needs_grad
 
 NEGATIVE_SLOPE = 0.2
 RES_SCALE = 0.2
-
-#: What a dense block keeps for backward: its whole workspace, or its input alone, from which it recomputes the rest.
-Save = Literal["all", "input"]
 
 
 class ResidualDenseBlock(Freezable, Module):

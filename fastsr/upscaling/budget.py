@@ -38,10 +38,12 @@ EAGER_FACTOR = 2
 
 
 class Streamable(Protocol):
-    """A network in two parts: `tail(features(x))` is its result before the crop; see `fastsr.models.RRDBNet`."""
+    """A network in two parts: `tail(features(x))` is its result before the crop; see `fastsr.models.RRDBNet` and `fastsr.models.RCAN`."""
 
     scale: int
     unshuffle: int
+    num_feat: int
+    trunk_share: float
     tail_scale: int
     trunk_values: int
     tail_values: int
@@ -84,8 +86,7 @@ class _Need:
     def __init__(self, model: Streamable, factor: int, h: int, w: int) -> None:
         self.h, self.w = math.ceil(h / model.unshuffle), math.ceil(w / model.unshuffle)
         self.trunk = self.h * self.w * model.trunk_values * factor
-        features = model.tail_values // (2 * model.tail_scale**2)
-        self.kept = self.h * self.w * features * factor
+        self.kept = self.h * self.w * model.num_feat * factor
         self.row = self.w * model.tail_values * factor
 
     def tail(self, rows: int) -> int:

@@ -12,9 +12,6 @@ from fastsr.upscaling.budget import STRIP_OVERLAP, Plan, ramp, spans
 
 Progress = Callable[[float], None]
 
-#: What a network's tail costs, in blocks of its trunk.
-TAIL_BLOCKS = 2
-
 
 class NotFinite(ArithmeticError):
     """The network gave NaN or infinity."""
@@ -43,7 +40,7 @@ def strips(model: Any, x: Tensor, dtype: torch.dtype, rows: int, progress: Progr
     further off, so that the strips' results are those of the whole. At the picture's border there is nothing to add,
     and the tail's own zero padding stands.
     """
-    trunk_share = model.num_block / (model.num_block + TAIL_BLOCKS)
+    trunk_share = model.trunk_share
     features = model.features(x, lambda done: progress(trunk_share * done))
     h, s = features.shape[2], model.tail_scale
     height, width = x.shape[2] * model.scale, x.shape[3] * model.scale

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastsr.atomic import atomic_file
-from fastsr.models import RRDBNet
 from fastsr.weights.dialects import express
 from fastsr.weights.formats import safetensors
 
@@ -20,19 +19,19 @@ def save(model: nn.Module, path: str | Path, dialect: str = "basicsr", wrapper: 
     """Write a network's weights; `load` gives them back bit for bit.
 
     Args:
-        model: an `RRDBNet`; its parameters are written in the dtype that they have.
+        model: an `RRDBNet` or an `RCAN`; its parameters are written in the dtype that they have.
         path: ends in .pth, .pt or .ckpt (PyTorch), or in .safetensors. The file appears whole or not at all.
-        dialect: "basicsr" (also Real-ESRGAN), "esrgan" (its later code, BSRGAN, RealSR) or "esrgan-old" (its first code, ESRGAN+).
+        dialect: "basicsr" for both (also Real-ESRGAN); for an RRDBNet "esrgan" (its later code, BSRGAN, RealSR) or "esrgan-old"
+            (its first code, ESRGAN+); for an RCAN "rcan" (its authors' code, EDSR-PyTorch, traiNNer-redux, spandrel).
         wrapper: the key of the dictionary around the state dict, for instance "params_ema", without which
             Real-ESRGAN's own scripts read no file; None for none. For PyTorch's files only.
 
     Raises:
         TypeError: another kind of network.
-        ValueError: an unknown dialect or ending, an ESRGAN+ network in another dialect than its own, or a wrapper in a safetensors file.
+        ValueError: an unknown dialect or ending, a wrapper in a safetensors file, or a network that the dialect cannot express: an
+            ESRGAN+ in another than its own, an RCAN with a `res_scale` in "rcan" or with a trained MeanShift in "basicsr".
         OSError: the file cannot be written.
     """
-    if not isinstance(model, RRDBNet):
-        raise TypeError(f"save: the model is a {type(model).__name__}; expected a fastsr.models.RRDBNet")
     path = Path(path)
     ending = path.suffix.lower()
     if ending not in (*PTH, ".safetensors"):

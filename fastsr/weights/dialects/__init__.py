@@ -1,25 +1,24 @@
-"""One file for each way of naming RRDBNet's parameters; a dialect is a renaming to and from this package's own names.
+"""One folder for each family of networks, in it one file for each way of naming the family's parameters.
 
-Each file has `NAME` (for `fastsr.save`), `ABOUT`, `EXPECTED` (its keys, for messages), `matches(state)`,
-`to_own(state)` and `from_own(state)`. This package's own names are BasicSR's.
+A family has `NETWORK` (its class), `DIALECTS` (see `dialect.py`), `build(state, dialect)` and `express(model, dialect)`.
+This package's own names are BasicSR's.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastsr.models import RRDBNet
-from fastsr.weights.dialects import basicsr, esrgan, esrgan_old, rrdbnet
+from fastsr.weights.dialects import rcan, rrdbnet
 from fastsr.weights.errors import WeightsError, some
 
-#: The first whose `matches` holds takes the file.
-DIALECTS = (basicsr, esrgan, esrgan_old)
+#: The first dialect, over all families, whose `matches` holds takes the file.
+FAMILIES = (rrdbnet, rcan)
 
 #: What data-parallel training puts before every name.
 PREFIX = "module."
 
 
-def build(state: dict[str, Tensor]) -> RRDBNet:
+def build(state: dict[str, Tensor]) -> nn.Module:
     """The network that a state dict is for, with its weights.
 
     Raises:
@@ -27,26 +26,30 @@ def build(state: dict[str, Tensor]) -> RRDBNet:
     """
     if state and all(name.startswith(PREFIX) for name in state):
         state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    for dialect in DIALECTS:
-        if dialect.matches(state):
-            own = dialect.to_own(state)
-            if len(own) != len(state):
-                raise WeightsError(f"keys of several dialects in one file: {some(state)}")
-            return rrdbnet.build(own)
-    known = "; ".join(f"{dialect.ABOUT}: {dialect.EXPECTED}" for dialect in DIALECTS)
+    for family in FAMILIES:
+        for dialect in family.DIALECTS:
+            if dialect.matches(state):
+                own = dialect.to_own(state)
+                if len(own) != len(state):
+                    raise WeightsError(f"keys of several dialects in one file: {some(state)}")
+                return family.build(own, dialect)
+    known = "; ".join(f"{dialect.ABOUT}: {dialect.EXPECTED}" for family in FAMILIES for dialect in family.DIALECTS)
     raise WeightsError(f"no known network has these keys: {some(state)}; expected {known}")
 
 
-def express(model: RRDBNet, name: str) -> dict[str, Tensor]:
+def express(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The state dict of a network in the dialect of this name.
 
     Raises:
-        ValueError: no dialect has this name, or the dialect cannot express the network.
+        TypeError: a network of no known family.
+        ValueError: no dialect of its family has this name, or the dialect cannot express the network.
     """
-    if model.plus and name != esrgan_old.NAME:
-        # other programs leave its conv1x1 out, and say nothing
-        raise ValueError(f"save: dialect is {name!r}, but an ESRGAN+ network (plus=True) has files in {esrgan_old.NAME!r} alone")
-    for dialect in DIALECTS:
-        if name == dialect.NAME:
-            return dialect.from_own({key: tensor.detach() for key, tensor in model.state_dict().items()})
-    raise ValueError(f"save: dialect is {name!r}; expected one of {', '.join(repr(d.NAME) for d in DIALECTS)}")
+    for family in FAMILIES:
+        if isinstance(model, family.NETWORK):
+            for dialect in family.DIALECTS:
+                if name == dialect.NAME:
+                    return family.express(model, dialect)
+            names = ", ".join(repr(d.NAME) for d in family.DIALECTS)
+            raise ValueError(f"save: dialect is {name!r}; expected one of {names}, those of {family.NETWORK.__name__}")
+    networks = " or ".join(f"fastsr.models.{family.NETWORK.__name__}" for family in FAMILIES)
+    raise TypeError(f"save: the model is a {type(model).__name__}; expected a {networks}")

@@ -6,17 +6,19 @@ import re
 
 from torch import Tensor
 
+from fastsr.weights.dialects.dialect import Renaming, renamed
+
 NAME = "esrgan"
 ABOUT = "RRDBNet (ESRGAN, BSRGAN, RealSR)"
 EXPECTED = "conv_first, RRDB_trunk.{i}.RDB{1-3}.conv{1-5}, trunk_conv, upconv{1,2}, HRconv, conv_last"
 
-_NAMES = (
+_NAMES: Renaming = (
     (re.compile(r"RRDB_trunk\.(\d+)\.RDB(\d)\."), r"body.\1.rdb\2."),
     (re.compile(r"trunk_conv\."), "conv_body."),
     (re.compile(r"upconv(\d)\."), r"conv_up\1."),
     (re.compile(r"HRconv\."), "conv_hr."),
 )
-_OWN_NAMES = (
+_OWN_NAMES: Renaming = (
     (re.compile(r"body\.(\d+)\.rdb(\d)\."), r"RRDB_trunk.\1.RDB\2."),
     (re.compile(r"conv_body\."), "trunk_conv."),
     (re.compile(r"conv_up(\d)\."), r"upconv\1."),
@@ -29,20 +31,8 @@ def matches(state: dict[str, Tensor]) -> bool:
 
 
 def to_own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _renamed(state, _NAMES)
+    return renamed(state, _NAMES)
 
 
 def from_own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _renamed(state, _OWN_NAMES)
-
-
-def _renamed(state: dict[str, Tensor], names: tuple[tuple[re.Pattern[str], str], ...]) -> dict[str, Tensor]:
-    """At most one of the patterns matches at the start of a key; keys that none matches stay."""
-    renamed = {}
-    for key, tensor in state.items():
-        for pattern, replacement in names:
-            if pattern.match(key):
-                key = pattern.sub(replacement, key, count=1)
-                break
-        renamed[key] = tensor
-    return renamed
+    return renamed(state, _OWN_NAMES)
