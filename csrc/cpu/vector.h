@@ -2,6 +2,7 @@
 //
 // Included inside the namespace of one instruction set, after its target pragma. Loads and stores of `count` < LANES
 // values touch only those; the low precisions are widened on load and rounded to nearest even on store.
+// `stream_as` writes LANES values around the cache, at an aligned address; after the last one comes `stream_end`.
 
 struct BFloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
@@ -31,17 +32,21 @@ FASTSR_INLINE Vector load_as(const BFloat16* p, int count) {
 }
 FASTSR_INLINE Vector load_as(const Half* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p)); }
 FASTSR_INLINE void store_as(float* p, Vector v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
-FASTSR_INLINE void store_as(BFloat16* p, Vector v, int count) {
+FASTSR_INLINE __m256i narrow(const BFloat16*, Vector v) {
   // By integers, since vcvtneps2bf16 would flush denormals to zero, and with them the sign that a backward reads.
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtepi32_epi16(rounded));
+  return _mm512_cvtepi32_epi16(rounded);
 }
-FASTSR_INLINE void store_as(Half* p, Vector v, int count) {
-  _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+FASTSR_INLINE __m256i narrow(const Half*, Vector v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+template <class T>
+FASTSR_INLINE void store_as(T* p, Vector v, int count) { _mm256_mask_storeu_epi16(p, first(count), narrow(p, v)); }
+FASTSR_INLINE void stream_as(float* p, Vector v) { _mm512_stream_ps(p, v); }
+template <class T>
+FASTSR_INLINE void stream_as(T* p, Vector v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v)); }
+FASTSR_INLINE void stream_end() { _mm_sfence(); }
 
 #elif FASTSR_LANES == 8
 
@@ -80,18 +85,21 @@ FASTSR_INLINE Vector load_as(const BFloat16* p, int count) {
 }
 FASTSR_INLINE Vector load_as(const Half* p, int count) { return _mm256_cvtph_ps(load_16bit(&p->bits, count)); }
 FASTSR_INLINE void store_as(float* p, Vector v, int count) { _mm256_maskstore_ps(p, first(count), v); }
-FASTSR_INLINE void store_as(BFloat16* p, Vector v, int count) {
+FASTSR_INLINE __m128i narrow(const BFloat16*, Vector v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-  store_16bit(&p->bits, _mm256_castsi256_si128(packed), count);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08));
 }
-FASTSR_INLINE void store_as(Half* p, Vector v, int count) {
-  store_16bit(&p->bits, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
-}
+FASTSR_INLINE __m128i narrow(const Half*, Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+template <class T>
+FASTSR_INLINE void store_as(T* p, Vector v, int count) { store_16bit(&p->bits, narrow(p, v), count); }
+FASTSR_INLINE void stream_as(float* p, Vector v) { _mm256_stream_ps(p, v); }
+template <class T>
+FASTSR_INLINE void stream_as(T* p, Vector v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v)); }
+FASTSR_INLINE void stream_end() { _mm_sfence(); }
 
 #else
 
@@ -145,5 +153,8 @@ template <class T>
 FASTSR_INLINE void store_as(T* p, Vector v, int count) {
   for (int i = 0; i < count; ++i) narrow(v[i], p + i);
 }
+template <class T>
+FASTSR_INLINE void stream_as(T* p, Vector v) { store_as(p, v, LANES); }
+FASTSR_INLINE void stream_end() {}
 
 #endif

@@ -77,3 +77,27 @@ def empty_pixels(like: Tensor, channels: int, height: int, width: int) -> Tensor
     return torch.empty(
         (like.shape[0], channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
+
+
+def is_planar(x: Tensor) -> bool:
+    """True if the pixels of each channel of an (N, C, H, W) tensor lie end to end, as in NCHW tensors."""
+    h, w = x.shape[2:]
+    return (w <= 1 or x.stride(3) == 1) and (h <= 1 or x.stride(2) == w)
+
+
+def in_one_layout(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """All pixel-major or all planar, as `first` is (channels-last if it is neither); what differs is copied."""
+    pixels, planes = is_pixel_major(first), is_planar(first)
+    if pixels and planes:
+        pixels = all(t is None or is_pixel_major(t) for t in others)
+    if pixels or not planes:
+        return tuple(t if t is None else pixel_major(t) for t in (first, *others))
+    return tuple(t if t is None or is_planar(t) else t.contiguous() for t in (first, *others))
+
+
+def empty_in_layout(like: Tensor) -> Tensor:
+    """A fresh tensor with the shape and, if `like` has no gaps, the strides of `like`: pixel-major or planar as that is."""
+    y = torch.empty_like(like)
+    if (is_pixel_major(like) and is_pixel_major(y)) or (is_planar(like) and is_planar(y)):
+        return y
+    return empty_pixels(like, *like.shape[1:]) if is_pixel_major(like) else torch.empty_like(like, memory_format=torch.contiguous_format)

@@ -24,19 +24,26 @@ Hu et al., "Squeeze-and-Excitation Networks", 2017, arXiv 1709.01507; Chen et al
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsr import backends
-from fastsr.backends import Backend
+from fastsr.backends import FUSED_DTYPES, Backend, Rule
 from fastsr.kernels import checks
-from fastsr.kernels.channel_attention import reference
+from fastsr.kernels.channel_attention import compiled, reference
 from fastsr.kernels.gate import Activation, Gate
 from fastsr.kernels.gate import check as check_gate
 
-backends.register("channel_attention", rules=())
+backends.register(
+    "channel_attention",
+    compiled=("cpu",),
+    rules=(Rule("compiled", "two passes over memory in place of eager's eleven kernels", "cpu", FUSED_DTYPES),),
+)
 
 
 def channel_attention(
@@ -90,9 +97,14 @@ def channel_attention(
     if out is not None:
         _check_out(out, x, needs_grad)
     run = backends.choose("channel_attention", backend, x).backend
-    assert run == "reference"
-    y = reference.channel_attention(*tensors, res_scale=res_scale, gate=gate, activation=activation)
-    return y if out is None else out.copy_(y)
+    if run == "reference":
+        y = reference.channel_attention(*tensors, res_scale=res_scale, gate=gate, activation=activation)
+        return y if out is None else out.copy_(y)
+    parameters = [p if p is None else p.contiguous() for p in (down_weight, down_bias, up_weight, up_bias)]
+    options = _Options(res_scale, gate, activation, run)
+    if needs_grad:
+        return _ChannelAttention.apply(x, residual, *parameters, options)
+    return _forward(out, None, None, x, residual, parameters, options)
 
 
 def _autocast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> tuple[Any, ...]:
@@ -123,3 +135,65 @@ def _check_out(out: Tensor, x: Tensor, needs_grad: bool) -> None:
     checks.check_shape("channel_attention", "out", out, x.shape, "x's shape")
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"channel_attention: out has strides {out.stride()}; an expanded tensor cannot be written in place")
+
+
+class _Options(NamedTuple):
+    res_scale: float
+    gate: str
+    activation: str
+    run: str
+
+    def kernels(self) -> ModuleType:
+        return compiled
+
+
+def _forward(
+    out: Tensor | None,
+    pooled: Tensor | None,
+    gates: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: Sequence[Any],
+    options: _Options,
+) -> Tensor:
+    """Run one of the kernels, in `out` where it is given."""
+    given = out
+    if out is None or not (checks.is_pixel_major(out) or checks.is_planar(out)):
+        x, residual = checks.in_one_layout(x, residual)
+        out = checks.empty_in_layout(x)
+    else:
+        out, x, residual = checks.in_one_layout(out, x, residual)
+    options.kernels().forward_into(out, pooled, gates, x, residual, *parameters, *options[:3])
+    return out if given is None or given is out else given.copy_(out)
+
+
+class _ChannelAttention(torch.autograd.Function):
+    """The one autograd boundary of the compiled and Triton backends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
+        *parameters, options = rest
+        ctx.options, ctx.has_residual = options, residual is not None
+        pooled = gates = None
+        if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[2:]):
+            pooled, gates = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+            ctx.save_for_backward(x, pooled, gates, *parameters)
+        return _forward(None, pooled, gates, x, residual, parameters, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_residual, *needs = ctx.needs_input_grad[:6]
+        dresidual = grad if ctx.has_residual and needs_residual else None
+        if not ctx.saved_tensors:
+            return None, dresidual, *(None,) * 5
+        x, pooled, gates, *parameters = ctx.saved_tensors
+        x, grad = checks.in_one_layout(x, grad)
+        dx = checks.empty_in_layout(x) if needs_x else None
+        wanted = any(needs)
+        gradients = [torch.empty_like(p) if wanted and p is not None else None for p in parameters]
+        down_weight, down_bias, up_weight, _ = parameters
+        ctx.options.kernels().backward_into(
+            dx, gradients, grad, x, pooled, gates, down_weight, down_bias, up_weight, *ctx.options[:3]
+        )
+        return dx, dresidual, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
