@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cpu/gate.h"
+#include "cpu/pages.h"
 
 namespace fastsr::cpu {
 namespace {
@@ -186,8 +187,10 @@ class Scaling {
   Scaling(const Cut& cut, Plane x, Plane residual, Plane out, float scale)
       : cut_(cut), x_(x), residual_(residual), out_(out), scale_(scale), kernel_(choose_attention()), lines_(cut, {x, residual, out}),
         pattern_(kernel_.lanes, cut.channels, lines_.dense) {
-    const bool in_place = out.data == x.data || out.data == residual.data;
-    stream_ = lines_.dense && pattern_.last == pattern_.lanes && !in_place && cut.batch * cut.image_bytes() >= kStreamed;
+    if (!out.data || out.data == x.data || out.data == residual.data) return;
+    const int64_t bytes = cut.batch * cut.image_bytes();
+    fresh_ = lines_.join && bytes >= kOneThread && !pages_present(out.data, bytes);
+    stream_ = !fresh_ && lines_.dense && pattern_.last == pattern_.lanes && bytes >= kStreamed;
   }
 
   // Items [begin, end) of an image, backwards; factors and shifts (unless null) hold its values per channel.
@@ -209,6 +212,7 @@ class Scaling {
         job.x = at(cut_, x_, image, part, row, column);
         job.residual = at(cut_, residual_, image, part, row, column);
         job.out = at(cut_, out_, image, part, row, column);
+        if (fresh_) provide_pages(job.out, count * out_.w * cut_.size());
         job.stream = stream_ && reinterpret_cast<uintptr_t>(job.out) % 64 == 0;
         kernel_.scale[static_cast<int>(cut_.type)](job);
       });
@@ -222,7 +226,7 @@ class Scaling {
   const AttentionKernel& kernel_;
   Lines lines_;
   Pattern pattern_;
-  bool stream_;
+  bool fresh_ = false, stream_ = false;  // pages that were never written; too large for a cache
 };
 
 // Runs both passes over all images. `between(image, partial sums)` makes what pass 2 needs; `scaling` may be null.
