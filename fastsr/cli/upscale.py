@@ -20,6 +20,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 BACKENDS = ("auto", "compiled", "triton", "reference")  # not from fastsr.backends, which imports torch
 
+#: Pixels: 1.5 times the patches of 48 that RCAN is trained on, as arXiv 2112.04491 advises.
+LOCAL_WINDOW = 72
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 #: What may go wrong with one picture while the next may go well.
@@ -39,6 +42,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="arithmetic; auto is fp16 on a GPU and fp32 on a CPU")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the operators; default auto")
     parser.add_argument("--memory", type=memory, metavar="BUDGET", help="for the network, such as 2GB; default: most of what is free")
+    parser.add_argument(
+        "--local-pooling",
+        nargs="?",
+        type=int,
+        const=LOCAL_WINDOW,
+        metavar="PIXELS",
+        help=f"RCAN: pool over windows of this side, default {LOCAL_WINDOW}, and not over the picture; another result, and slower",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
 
 
@@ -69,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise pictures.UsageError(f"--threads is {args.threads}; expected at least 1")
+    if args.local_pooling is not None and args.local_pooling < 1:
+        raise pictures.UsageError(f"--local-pooling is {args.local_pooling}; expected at least 1")
     if args.outscale is not None and not 0 < args.outscale <= 64:
         raise pictures.UsageError(f"--outscale is {args.outscale:g}; expected more than 0, at most 64")
 
@@ -86,6 +99,10 @@ def _upscale(args: argparse.Namespace, jobs: list[pictures.Job]) -> int:
     name = ("fp16" if device.type == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
     model = load(args.model, device)  # in float32, so that a picture on which half precision fails can go back to it
     model.backend = args.backend
+    if args.local_pooling is not None:
+        if not hasattr(model, "local_pooling"):
+            raise ValueError(f"--local-pooling is for an RCAN; {args.model} is an {type(model).__name__}, which pools nothing")
+        model.local_pooling = args.local_pooling
     failed = 0
     with Bar.open(sum(job.weight for job in jobs)) as bar, _warnings_as_lines():
         current = jobs[0]

@@ -271,8 +271,8 @@ class RCAN(Freezable, Module):
 
     @property
     def trunk_values(self) -> int:
-        """Values for each feature pixel that `features` holds at its peak."""
-        return 4 * self.num_feat
+        """Values for each feature pixel that `features` holds at its peak: f and three buffers; window means take six more."""
+        return (4 if self.local_pooling is None else 10) * self.num_feat
 
     @property
     def tail_values(self) -> int:

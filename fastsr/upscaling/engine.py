@@ -42,10 +42,10 @@ def upscale(
         4. Where `outscale` asks for another size than the network gives, the result is resampled (bicubic, antialiased).
         5. The result becomes the kind, dtype and device of the picture, integers rounded to nearest.
 
-    Memory: the trunk of the network runs whole and its tail in strips of rows, by default in no more memory than the trunk took;
-    the result does not depend on the strips. Only if the trunk does not fit into `memory`, overlapping tiles with blended
-    borders are used, and `notify` is told. Where memory runs out all the same, smaller pieces are tried. Networks other than
-    this package's run whole.
+    Memory: the trunk of the network runs whole, so that pooling sees the whole picture, and its tail in strips of rows, by
+    default in no more memory than the trunk took; the result does not depend on the strips. Only if the trunk does not fit into
+    `memory`, overlapping tiles with blended borders are used, and `notify` is told. Where memory runs out all the same, smaller
+    pieces are tried. Networks other than this package's run whole.
 
     Precision: where a network in float16 gives NaN or infinity, the picture is done again in bfloat16 and then in float32,
     and `notify` is told. The network's own parameters stay as they are; give a float32 network and a lower `dtype`, and
@@ -158,9 +158,9 @@ class Upscaler:
             plan = budget.plan(model, n, h, w, x.element_size(), limit, _is_eager(model, x))  # type: ignore[arg-type]
             if plan.tile is not None:
                 rows, columns = (len(budget.spans(side, tile)) for side, tile in zip((h, w), plan.tile, strict=True))
-                self._notify(
-                    f"{w}x{h} does not fit into {(limit or 0) / 1e6:.0f} MB of memory whole: done in {rows * columns} overlapping tiles"
-                )
+                pooled = ", each of which is pooled by itself" if getattr(model, "local_pooling", 0) is None else ""
+                whole = f"{w}x{h} does not fit into {(limit or 0) / 1e6:.0f} MB of memory whole"
+                self._notify(f"{whole}: done in {rows * columns} overlapping tiles{pooled}")
             try:
                 return streaming.run(model, x, dtype, plan, self._progress)
             except (RuntimeError, MemoryError) as error:

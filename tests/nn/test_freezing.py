@@ -9,7 +9,7 @@ import torch
 
 import fastsr
 from fastsr import _native
-from fastsr.models import RRDBNet
+from fastsr.models import RCAN, RRDBNet
 from fastsr.nn import Conv3x3, ResidualDenseBlock
 from tests.harness import DEVICE, available_backends
 
@@ -35,6 +35,28 @@ def test_frozen_gives_the_same_bits(plus, dtype, runner):
         assert torch.equal(model(x), before)
         assert torch.equal(copy.deepcopy(model)(x), before)
         assert torch.equal(fastsr.unfreeze(model)(x), before)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("upscale", [3, 4])
+def test_a_frozen_rcan_gives_the_same_bits(upscale, dtype, runner):
+    """In float16 with the biases that its smaller features need."""
+    torch.manual_seed(0)
+    model = RCAN(3, 3, 16, 2, 2, 4, upscale=upscale, mean_shift=upscale == 3).to(DEVICE, dtype)
+    x = torch.rand(2, 3, 9, 11).to(DEVICE, dtype)
+    with runner.active(), torch.no_grad():
+        before = model(x)
+        assert torch.equal(fastsr.freeze(model)(x), before)
+        if DEVICE == "cpu":
+            held = {name for name, m in model.named_modules() if getattr(m, "packed", None) is not None}
+            assert {"", "conv_first", "body.1.conv", "body.1.residual_group.1", "upsample.0"} <= held
+            assert not {"conv_last", "body.1.residual_group.1.rcab.0"} & held
+        model.img_range = 100.0
+        changed = model(x)
+        assert not torch.equal(changed, before)
+        assert torch.equal(fastsr.freeze(model)(x), changed)
+        assert torch.equal(copy.deepcopy(model)(x), changed)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU packs weights in the launch itself")
