@@ -7,13 +7,16 @@ import sys
 
 import torch
 
-from fastsr.bench import driver, results, suite
+from fastsr.bench import compare, driver, results, suite
 from fastsr.bench.case import DTYPES
+from fastsr.bench.report import read as report_of
+from fastsr.bench.report import write as write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-command's arguments."""
-    parser.add_argument("what", nargs="*", default=["all"], help=f"{', '.join(suite.available())}, {', '.join(suite.SUITES)} or all")
+    subjects = f"{', '.join(suite.available())}, {', '.join(suite.SUITES)} or all"
+    parser.add_argument("what", nargs="*", default=["all"], help=f"{subjects}; or: report F... to turn JSON files into pages and plots")
     parser.add_argument("--quick", action="store_true", help="few small sizes and few rounds: a look, not a result")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if torch sees one")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="may be repeated; default float32, on a GPU bfloat16")
@@ -23,10 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", default=[], help="only cases whose name holds this text; may be repeated")
     parser.add_argument("--huge-pages", action="store_true", help="THP_MEM_ALLOC_ENABLE=1 for every runner (huge pages in large buffers)")
     parser.add_argument("--json", metavar="F", help="write every sample, the roofs and the environment to F")
+    parser.add_argument("--baseline", metavar="F", help="compare with an earlier --json file, and say which differences are significant")
+    parser.add_argument("--out", metavar="DIR", default="bench-report", help="where `report` writes its pages (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the JSON; 0 unless no runner at all could be timed."""
+    """Measure, print the table, write the JSON; 0 unless no runner at all could be timed. Or write the report of earlier runs."""
+    try:
+        if args.what[:1] == ["report"]:
+            return _report(args)
+        before = None if args.baseline is None else report_of(args.baseline)
+    except (OSError, ValueError) as error:
+        print(f"fastsr bench: {error}", file=sys.stderr)
+        return 2
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         print("fastsr bench: --device cuda, but torch sees no GPU here", file=sys.stderr)
@@ -63,4 +75,15 @@ def run(args: argparse.Namespace) -> int:
 
     report = driver.run(modules, settings, say=lambda line: print(line, file=sys.stderr, flush=True), keep=keep)
     print(results.table(report))
+    if before is not None:
+        print("\n".join(compare.differences(before, report)))
+        print(results.render("against the baseline", compare.HEADINGS, [compare.cells(found) for found in compare.compare(before, report)]))
     return 0 if any("seconds" in row for row in report["results"]) else 1
+
+
+def _report(args: argparse.Namespace) -> int:
+    if len(args.what) < 2:
+        raise ValueError("report of no file; expected: fastsr bench report F... [--out DIR] [--baseline F]")
+    for path in write_report(args.what[1:], args.out, args.baseline):
+        print(path)
+    return 0

@@ -106,7 +106,7 @@ def run_case(module: str, case: Case, settings: Settings, say: Say = lambda _: N
             if answer["status"] != "ok":
                 failure = {"status": "failed", "reason": f"no truth to compare with: {answer['reason']}"}
                 return [_row(case, name, "", failure) for name in names]
-            return _measure(case, workers, opening, truth, settings, say, timing.CUDA_MODES if device == "cuda" else timing.CPU_MODES)
+            return _measure(case, workers, opening, truth, settings, say, timing.modes(device, case.bytes))
         finally:
             preparer.close()
             for worker in workers.values():

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def table(report: dict[str, Any]) -> str:
     """The whole report for a terminal: with rich if it is installed, else in plain text."""
-    head = [_machine(report["environment"]), _roof_line(report["roofs"])]
+    head = [machine(report["environment"]), roof_line(report["roofs"])]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["results"]:
         groups.setdefault(row["case"], []).append(row)
@@ -121,7 +122,8 @@ def render(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: Mapping[str, Any]) -> str:
+    """One line on the machine and the versions."""
     cpu, gpu = environment["cpu"], environment["gpu"]
     where = f"{gpu['name']}, " if gpu else ""
     native = environment["native"]
@@ -132,7 +134,8 @@ def _machine(environment: dict[str, Any]) -> str:
     )
 
 
-def _roof_line(roofs: dict[str, Any]) -> str:
+def roof_line(roofs: Mapping[str, Any]) -> str:
+    """One line on the roofs."""
     if "missing" in roofs:
         return f"roofs: not measured ({roofs['missing']})"
     return "roofs: " + ", ".join(f"{name} {r['value']:.0f} {r['unit']} ({r['how']})" for name, r in roofs.items() if r.get("value"))

@@ -1,6 +1,7 @@
 """How one call is timed, on a CPU and on a GPU. Every function returns one time in seconds per call.
 
-    wall     CPU: the monotonic clock around each call
+    wall     CPU: the monotonic clock around each call, the calls going round all input sets
+    warm     CPU: the same, with one input set again and again
     cold     GPU: device events around each call, the L2 cache overwritten before it
     warm     GPU: device events around each call, the same inputs again and again
     graph    GPU: replays of one CUDA graph that holds a call per input set; no launch from Python in between
@@ -23,8 +24,17 @@ import torch
 
 from fastsr.bench.case import Call, Inputs
 
-CPU_MODES = ("wall",)
 CUDA_MODES = ("cold", "warm", "graph")
+
+#: Larger inputs and outputs than a core's cache leave nothing to be warm.
+WARM_BYTES = 8 << 20
+
+
+def modes(device: str, moved: float) -> tuple[str, ...]:
+    """The ways in which a case that moves so many bytes is timed."""
+    if device == "cuda":
+        return CUDA_MODES
+    return ("wall", "warm") if moved < WARM_BYTES else ("wall",)
 
 
 def wall(call: Call, sets: Sequence[Inputs], iterations: int) -> list[float]:
@@ -93,6 +103,16 @@ class Graph:
 def l2_bytes(cuda: Any = torch.cuda) -> int:
     """The L2 cache of the current GPU; 64 MiB where torch does not tell."""
     return int(getattr(cuda.get_device_properties(cuda.current_device()), "L2_cache_size", 0)) or 64 << 20
+
+
+def launches(run: Callable[[], Any], device: str) -> int | None:
+    """Kernels, copies and fills that `run` puts on the GPU, as the profiler counts them; None on a CPU."""
+    if device != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 @contextlib.contextmanager

@@ -58,12 +58,14 @@ class Worker:
             return {"status": "wrong", "reason": verdict.reason, "gate": verdict.record()}
         self.sets = self._draw_sets()
         peak = timing.peak_memory(lambda: self._run(self.sets[0]), self.case.device)
+        launches = timing.launches(lambda: self._run(self.sets[0]), self.case.device)
         seconds = self._estimate()
         return {
             "status": "ok",
             "gate": verdict.record(),
             "build_seconds": built,
             "peak_bytes": peak,
+            "launches": launches,
             "input_sets": len(self.sets),
             "iterations": self._iterations(seconds),
         }
@@ -79,8 +81,8 @@ class Worker:
             if mode == "graph":
                 assert self.graph is not None
                 samples = self.graph.times(max(1, iterations // len(self.sets)))  # a replay is a call for every set
-            elif mode == "wall":
-                samples = timing.wall(self.call, self.sets, iterations)
+            elif self.case.device == "cpu":
+                samples = timing.wall(self.call, self.sets if mode == "wall" else self.sets[:1], iterations)
             else:
                 samples = timing.events(self.call, self.sets, iterations, cold=mode == "cold")
         if self.case.device == "cuda":

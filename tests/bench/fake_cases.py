@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -55,6 +56,35 @@ def _lazy(state: State) -> Call:
     return call
 
 
+def _wrong_stream(state: State) -> Call:
+    """Works on a stream of its own and waits for nobody."""
+    if not torch.cuda.is_available():
+        raise Unavailable("streams need a GPU")
+    side = torch.cuda.Stream()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(side):
+            return torch.relu(x * state["scale"])
+
+    return call
+
+
+def _late(state: State) -> Call:
+    """Hands out its answer before it has computed it, as a runner on a stream of its own does."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        threading.Timer(0.05, lambda: y.copy_(torch.relu(x * state["scale"]))).start()
+        return y
+
+    return call
+
+
+def _no_op(state: State) -> Call:
+    """Hands out memory that it never wrote."""
+    return lambda x: torch.empty_like(x).fill_(0.25)
+
+
 def _crashing(state: State) -> Call:
     def call(x: torch.Tensor) -> torch.Tensor:
         print("about to die", flush=True)
@@ -83,6 +113,9 @@ RUNNERS = {
     "nan": _nan,
     "cached": _cached,
     "lazy": _lazy,
+    "late": _late,
+    "no-op": _no_op,
+    "wrong stream": _wrong_stream,
     "crashing": _crashing,
     "raising": _raising,
     "missing": _missing,

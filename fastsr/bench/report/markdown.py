@@ -1,0 +1,84 @@
+"""The report as Markdown: what we lose first, then every case with every runner, then what could not be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastsr.bench import compare, results
+from fastsr.bench.report.rows import Row, groups, losses, median
+from fastsr.bench.statistics import summary
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+HEADINGS = (
+    "runner", "ms", "95% interval", "outliers", "rate", "of roof", "vs channels-last", "peak MB", "faults", "launches", "error/allowed",
+)  # fmt: skip
+
+
+def page(runs: Runs, before: Mapping[str, Any] | None, pictures: Sequence[str]) -> str:
+    """The whole page; `pictures` are the names of the image files beside it."""
+    rows = [row for run in runs.values() for row in run["results"]]
+    parts = ["# Benchmarks", *(_machine(name, run) for name, run in runs.items())]
+    parts += ["## Where another runner is faster", _losses(rows)]
+    if before is not None:
+        for name, run in runs.items():
+            parts += [f"## {name} against the baseline", _comparison(before, run)]
+    if pictures:
+        parts += ["## Plots", *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures)]
+    parts.append("## All cases")
+    for (case, mode), group in groups(rows).items():
+        title = f"### {case}" if mode in ("", "wall") else f"### {case}, {mode}"
+        parts += [title, table(HEADINGS, [_cells(row) for row in group])]
+    if missing := [row for row in rows if "seconds" not in row]:
+        lines = [(row["case"], " ".join(filter(None, (row["runner"], row["mode"]))), row["status"], row["reason"]) for row in missing]
+        parts += ["## Not timed", table(("case", "runner", "status", "reason"), lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def _machine(name: str, run: Mapping[str, Any]) -> str:
+    commit = (run["environment"].get("commit") or "unknown")[:10]
+    return f"**{name}**: {results.machine(run['environment'])}, commit {commit}; {results.roof_line(run['roofs'])}"
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    found = losses(rows)
+    if not found:
+        return "In none of the cases below."
+    lines = [
+        (mine["case"], mine["mode"], mine["runner"], ms(mine), rival["runner"], ms(rival), f"{median(rival) / median(mine):.2f}x")
+        for mine, rival in found
+    ]
+    return table(("case", "mode", "fastsr", "ms", "rival", "ms", "rival/fastsr"), lines)
+
+
+def _comparison(before: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    found = compare.compare(before, run)
+    changed = "".join(f"- {line}\n" for line in compare.differences(before, run))
+    heading = f"What else changed between the runs:\n\n{changed}\n" if changed else ""
+    return heading + (table(compare.HEADINGS, [compare.cells(f) for f in found]) if found else "No case is in both runs.")
+
+
+def ms(row: Row) -> str:
+    """The median in milliseconds."""
+    return f"{median(row) * 1e3:.3f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    spread = summary(row["samples"])
+    low, high = spread["interval"]
+    strange = ", ".join(f"{o['seconds'] * 1e3:.3f} (round {o['round'] + 1})" for o in spread["outliers"][:3])
+    if len(spread["outliers"]) > 3:
+        strange += f" and {len(spread['outliers']) - 3} more"
+    cells = dict(zip(results.HEADINGS, results.cells(dict(row)), strict=True))
+    launches = "-" if row.get("launches") is None else f"{row['launches']}"
+    return (
+        cells["runner"], cells["ms"], f"{low * 1e3:.3f} .. {high * 1e3:.3f}", strange or "none", cells["rate"], cells["% of roof"],
+        cells["vs channels-last"], cells["peak MB"], cells["faults"], launches, cells["error/allowed"],
+    )  # fmt: skip

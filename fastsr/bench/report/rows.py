@@ -1,0 +1,54 @@
+"""What the pages and plots ask of a report's rows: who is ours, who is the best of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastsr.backends import BACKENDS
+
+Row = Mapping[str, Any]
+
+
+def is_ours(row: Row) -> bool:
+    """A runner of this package: a backend's name, or one with a remark after a comma ("auto, given buffers")."""
+    return row["runner"].split(",")[0] in BACKENDS
+
+
+def is_plain(row: Row) -> bool:
+    """Eager PyTorch in any layout or precision, and this package's own plain PyTorch."""
+    return row["runner"].startswith("eager") or row["runner"].split(",")[0] == "reference"
+
+
+def median(row: Row) -> float:
+    """Seconds."""
+    return float(row["seconds"]["median"])
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The timed rows by case and mode, fastest first."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "seconds" in row:
+            found.setdefault((row["case"], row["mode"]), []).append(row)
+    return {key: sorted(group, key=median) for key, group in found.items()}
+
+
+def ours(group: Iterable[Row]) -> Row | None:
+    """What a user gets without asking for anything: "auto", else the fastest of ours."""
+    mine = [row for row in group if is_ours(row) and not is_plain(row)]
+    return min(mine, key=lambda row: (row["runner"] != "auto", median(row)), default=None)
+
+
+def best_rival(group: Iterable[Row]) -> Row | None:
+    """The fastest runner that is not this package's."""
+    return min((row for row in group if not is_ours(row)), key=median, default=None)
+
+
+def losses(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """(ours, rival) for every case in which any other runner is faster, the largest loss first."""
+    found = []
+    for group in groups(rows).values():
+        mine = ours(group)
+        found += [(mine, row) for row in group if mine is not None and not is_ours(row) and median(row) < median(mine)]
+    return sorted(found, key=lambda pair: median(pair[1]) / median(pair[0]))
