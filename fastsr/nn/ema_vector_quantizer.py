@@ -45,8 +45,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     Attributes (buffers, all in the state dict):
         codebook: (K, D), or (num_heads, K, D).
         cluster_size, cluster_sum: the averages N and m of the counts and the sums.
-        steps: int64, how many steps were taken.
-        initialised: bool, False until k-means ran.
+        steps: int64, how many steps were taken; -1 while the codebook waits for k-means.
 
     Raises:
         ValueError: a size or a name that does not exist.
@@ -55,7 +54,6 @@ class EMAVectorQuantizer(VectorQuantizer):
     cluster_size: Tensor
     cluster_sum: Tensor
     steps: Tensor
-    initialised: Tensor
 
     def __init__(
         self,
@@ -93,9 +91,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         start = torch.zeros_like if zero_debias else torch.clone
         self.register_buffer("cluster_size", start(torch.ones(self.codebook.shape[:-1])))
         self.register_buffer("cluster_sum", start(self.codebook))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("initialised", torch.tensor(not kmeans_init))
-        self._ready = not kmeans_init  # `initialised` on the host, where asking costs nothing
+        self.register_buffer("steps", torch.full((), -1 if kmeans_init else 0))
+        self._waits = kmeans_init  # for k-means; on the host, where asking costs nothing
 
     def _own_codebook(self, codes: Tensor) -> None:
         self.register_buffer("codebook", codes)
@@ -106,7 +103,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         While training with `sync`, `counts` and `perplexity` are those of all ranks.
         """
         rows, mask = self._rows(x), self._mask(x, mask)
-        if self.training and not self._ready:
+        if self.training and self._waits:
             self._initialise(rows, mask)
         out = self._quantize(rows, mask)
         if self.training:
@@ -138,8 +135,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.cluster_size.copy_(counts.view_as(self.cluster_size) * share)
         self.cluster_sum.copy_(self.codebook * self.cluster_size[..., None])
         self.steps.fill_(int(self.zero_debias))
-        self.initialised.fill_(True)
-        self._ready = True
+        self._waits = False
 
     def _step(self, rows: Tensor, mask: Tensor | None, out: ops.VQOutput) -> None:
         step(
@@ -183,7 +179,8 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._ready = bool(self.initialised)
+        if not self.steps.is_meta:
+            self._waits = self.steps.item() < 0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}, zero_debias={self.zero_debias}, revive_below={self.revive_below}"

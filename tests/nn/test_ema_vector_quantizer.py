@@ -203,12 +203,11 @@ def test_kmeans_initialisation(zero_debias):
     for seed in range(5):  # Lloyd's may start badly
         torch.manual_seed(seed)
         module = EMAVectorQuantizer(4, 2, kmeans_init=True, zero_debias=zero_debias).to(DEVICE)
-        assert not module.initialised
         module.eval()(x)
-        assert not module.initialised  # evaluation does not initialise
+        assert module.steps == -1  # evaluation does not initialise
         module.train()
         found = module(x)
-        assert module.initialised
+        assert module.steps == 1 + zero_debias
         best = min(best, found.commitment_loss.item())
         torch.testing.assert_close(module.codebook, module.cluster_sum / module.cluster_size[:, None], rtol=1e-3, atol=1e-3)
     assert best < 0.02
@@ -225,7 +224,7 @@ def test_initialise_beforehand():
     module = EMAVectorQuantizer(4, 2, kmeans_init=True, channel_dim=1).to(DEVICE)
     x = random_tensor((2, 2, 5, 5), torch.float32, 1)
     module.initialise(x)
-    assert module.initialised
+    assert module.steps == 0
     assert module(x).perplexity > 2
 
 

@@ -22,19 +22,22 @@ def filled(construct: Callable[[], Network], state: dict[str, Tensor], about: st
         about: the network in words, for messages.
 
     Raises:
-        WeightsError: tensors that are missing, surplus, ill-shaped or of integers.
+        WeightsError: tensors that are missing, surplus, ill-shaped, or of integers where the network has none.
     """
     with torch.device("meta"), _Uninitialised():
         model = construct()
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    held = model.state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in held.items()}
     if missing := [key for key in expected if key not in state]:
         raise WeightsError(f"{about} lacks {some(missing)}")
     if surplus := [key for key in state if key not in expected]:
         raise WeightsError(f"{about} has no {some(surplus)}")
     for key, shape in expected.items():
         tensor = state[key]
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise WeightsError(f"{key} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected {shape}, floating point")
+        floating = held[key].is_floating_point()
+        if tuple(tensor.shape) != shape or (not tensor.is_floating_point() if floating else tensor.dtype != held[key].dtype):
+            wanted = "floating point" if floating else str(held[key].dtype)
+            raise WeightsError(f"{key} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected {shape}, {wanted}")
     model.load_state_dict({key: state[key].detach() for key in expected}, assign=True)
     return model.requires_grad_(True)
 
