@@ -142,9 +142,14 @@ static void multiply_transposed(const void* weights, const float* x, int64_t row
   for (int64_t i = 0; i < columns; i += LANES) {
     const int count = up_to_lanes(columns - i);
     const T* w = static_cast<const T*>(weights) + i;
-    Vector sum = set1(0.f);
-    for (int64_t o = 0; o < rows; ++o, w += columns) sum = fma(load_as(w, count), set1(x[o]), sum);
-    store_as(y + i, sum, count);
+    Vector sum[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};  // chains: for the latency and the rounding error
+    int64_t o = 0;
+    for (; o + 4 <= rows; o += 4, w += 4 * columns) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] = fma(load_as(w + k * columns, count), set1(x[o + k]), sum[k]);
+    }
+    for (; o < rows; ++o, w += columns) sum[0] = fma(load_as(w, count), set1(x[o]), sum[0]);
+    store_as(y + i, add(add(sum[0], sum[1]), add(sum[2], sum[3])), count);
   }
 }
 
