@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fastsr import ops
-from fastsr.bench.case import BASELINE, DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.conv3x3.reference import conv3x3 as eager_conv3x3
 
@@ -53,17 +54,19 @@ def cases(options: Options) -> list[Case]:
                 if not full and (cin, cout) not in ((64, 64), (64, 32), (192, 64)):
                     continue
                 epilogue = LEAKY if cout == 32 else SKIP if cin == 192 else RELU
-                made.append(_case(options.device, dtype, cin, cout, image, epilogue))
+                made.append(_case(options, dtype, cin, cout, image, epilogue))
                 if (cin, cout) in ((64, 64), (64, 32), (192, 64)) and image != LARGE and (full or cin != 192):
-                    made.append(_case(options.device, dtype, cin, cout, image, epilogue, backward=True))
+                    made.append(_case(options, dtype, cin, cout, image, epilogue, backward=True))
         if options.sizes != "quick":
             image = (1, 256, 256) if full else images[0]
-            made += [_case(options.device, dtype, 64, 64, image, epilogue) for epilogue in (NONE, SKIP, ENLARGE)]
-            made.append(_case(options.device, dtype, 64, 256, image, SHUFFLE))
+            made += [_case(options, dtype, 64, 64, image, epilogue) for epilogue in (NONE, SKIP, ENLARGE)]
+            made.append(_case(options, dtype, 64, 256, image, SHUFFLE))
     return made
 
 
-def _case(device: str, dtype: str, cin: int, cout: int, image: tuple[int, int, int], epilogue: Epilogue, backward: bool = False) -> Case:
+def _case(
+    options: Options, dtype: str, cin: int, cout: int, image: tuple[int, int, int], epilogue: Epilogue, backward: bool = False
+) -> Case:
     n, h, w = image
     up, r = epilogue.options.get("upsample", 1), epilogue.options.get("pixel_shuffle", 1)
     out_shape = (n, cout // (r * r), h * up * r, w * up * r)
@@ -88,10 +91,7 @@ def _case(device: str, dtype: str, cin: int, cout: int, image: tuple[int, int, i
         "compiled": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="compiled")), backward)),
         "triton": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="triton")), backward)),
         "reference": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="reference")), backward)),
-        "eager NCHW": Runner(_finish(build(call=_eager), backward), channels_last=False),
-        BASELINE: Runner(_finish(build(call=_eager), backward)),
-        # Compiled when it is built: importing the compiler costs seconds, and only this runner needs it.
-        "torch.compile": Runner(lambda state: _finish(build(call=torch.compile(_eager, dynamic=False)), backward)(state)),
+        **plain_runners(lambda wrap: lambda state: _finish(build(call=wrap(_eager)), backward)(state), dtype, options),
     }
     pixels = n * h * w * up * up
     element = torch.finfo(DTYPES[dtype]).bits // 8
@@ -105,7 +105,7 @@ def _case(device: str, dtype: str, cin: int, cout: int, image: tuple[int, int, i
         suite="ops",
         subject="conv3x3",
         label=f"{cin}->{cout} {n}x{h}x{w} {epilogue.name} {direction}",
-        device=device,
+        device=options.device,
         dtype=dtype,
         sizes={"cin": cin, "cout": cout, "n": n, "h": h, "w": w, "epilogue": epilogue.name, "direction": direction},
         flops=2.0 * 9 * cin * cout * pixels * (3 if backward else 1),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from fastsr import ops
-from fastsr.bench.case import BASELINE, DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.dense_block.reference import dense_block as eager_dense_block
 
@@ -25,13 +26,13 @@ def cases(options: Options) -> list[Case]:
     made = []
     for dtype in options.dtypes:
         for image in IMAGES[options.sizes]:
-            made.append(_case(options.device, dtype, image, backward=False))
+            made.append(_case(options, dtype, image, backward=False))
             if image[1] <= 128:
-                made.append(_case(options.device, dtype, image, backward=True))
+                made.append(_case(options, dtype, image, backward=True))
     return made
 
 
-def _case(device: str, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
+def _case(options: Options, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
     n, h, w = image
     shapes = [(FEATURES if k == CONVS - 1 else GROWTH, FEATURES + k * GROWTH, 3, 3) for k in range(CONVS)]
 
@@ -50,9 +51,7 @@ def _case(device: str, dtype: str, image: tuple[int, int, int], backward: bool) 
         runners["auto, save=input"] = ours("auto", save="input")
     else:
         runners["auto, given buffers"] = Runner(_in_buffers)
-    eager = _finish(_builder(eager_dense_block), backward)
-    compiled = lambda state: _finish(_builder(torch.compile(eager_dense_block, dynamic=False)), backward)(state)  # noqa: E731
-    runners |= {"eager NCHW": Runner(eager, channels_last=False), BASELINE: Runner(eager), "torch.compile": Runner(compiled)}
+    runners |= plain_runners(lambda wrap: lambda state: _finish(_builder(wrap(eager_dense_block)), backward)(state), dtype, options)
     weights = sum(torch.Size(s).numel() for s in shapes)
     values = n * h * w * FEATURES * (5 if backward else 2) + weights * (3 if backward else 1)
     direction = "forward+backward" if backward else "forward"
@@ -60,14 +59,14 @@ def _case(device: str, dtype: str, image: tuple[int, int, int], backward: bool) 
         suite="ops",
         subject="dense_block",
         label=f"{n}x{FEATURES}x{h}x{w} {direction}",
-        device=device,
+        device=options.device,
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": FEATURES, "num_grow_ch": GROWTH, "direction": direction},
         flops=2.0 * weights * n * h * w * (3 if backward else 1),
         bytes=float(values * (torch.finfo(DTYPES[dtype]).bits // 8)),
         state=state,
         inputs=inputs,
-        eager=eager,
+        eager=_finish(_builder(eager_dense_block), backward),
         runners=runners,
     )
 
