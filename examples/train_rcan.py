@@ -1,0 +1,178 @@
+"""Train RCAN, all 400 layers of it, on real photographs within a memory budget.
+
+    python examples/train_rcan.py                              16 patches of 48x48 a step, within 1 GiB of activations
+    python examples/train_rcan.py --steps 20 --groups 2        a look at the loss going down, on a small machine
+    python examples/train_rcan.py --pictures DIV2K/ --dtype bf16 --steps 300000
+
+The first Ctrl-C ends the run after the step that is under way and keeps it; a second one ends it at once, and the last checkpoint
+stays. Run again with the same options to go on: the patches of a step depend on its number alone, so the run is the same as one
+without the stop. `fastsr upscale -m rcan-x4.pth` takes the checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import fastsr
+from fastsr.atomic import atomic_file
+from fastsr.models import RCAN
+
+#: Of those that come with scikit-image.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg")
+
+#: What a checkpoint must have in common with the run that goes on from it.
+FIXED = ("upscale", "features", "groups", "blocks", "patch", "batch", "rate", "seed")
+
+
+def main() -> int:
+    args = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in picture_files(args.pictures)]
+    pictures = [picture for picture in pictures if min(picture.shape[:2]) >= args.patch * args.upscale]
+    if not pictures:
+        raise SystemExit(f"no picture has {args.patch * args.upscale} pixels on each side, which a patch of {args.patch} needs")
+
+    torch.manual_seed(args.seed)
+    squeeze = max(1, args.features // 4)
+    model = RCAN(3, 3, args.features, args.groups, args.blocks, min(16, squeeze), args.upscale).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.rate)
+    losses = resume(args, model, optimizer)
+    first = len(losses)
+
+    parameters, size = sum(p.numel() for p in model.parameters()), f"{args.batch}x3x{args.patch}x{args.patch}"
+    print(f"RCAN x{args.upscale}, {parameters:,} parameters, {size} {args.dtype} on {device}, from step {first}")
+    within = fastsr.memory.budget(args.memory) if args.memory != "none" else contextlib.nullcontext()
+    with within as budget, stoppable() as stopped, progress(args.steps, first) as show:
+        for step in range(first, args.steps):
+            start = time.perf_counter()
+            small, large = (t.to(device) for t in patches(pictures, args, step))
+            with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bf16"):
+                loss = F.l1_loss(model(small).float(), large)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            show(losses, time.perf_counter() - start)
+            last = stopped() or step + 1 == args.steps
+            if last or (step + 1) % args.every == 0:
+                save(args, model, optimizer, losses)
+            if last:
+                break
+    if budget is not None and budget.plan is not None:
+        print(f"plan within {args.memory}: {budget.plan}")
+    return 130 if stopped() and len(losses) < args.steps else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="of training pictures; default: scikit-image's photographs")
+    parser.add_argument("--checkpoint", type=Path, default=Path("rcan-x4.pth"), help="written and gone on from (default: rcan-x4.pth)")
+    parser.add_argument("--steps", type=int, default=1000, help="in all, those of the checkpoint included (default: 1000)")
+    parser.add_argument("--every", type=int, default=50, metavar="N", help="write the checkpoint every N steps (default: 50)")
+    parser.add_argument("--memory", default="1GiB", help="budget for activations, or none for no plan (default: 1GiB)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)")
+    parser.add_argument("--upscale", type=int, default=4, choices=(2, 3, 4, 8))
+    for name, value in {"features": 64, "groups": 10, "blocks": 20, "patch": 48, "batch": 16, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of Adam (default: 1e-4)")
+    return parser.parse_args()
+
+
+def picture_files(folder: Path | None) -> list[Path]:
+    """The pictures directly in a folder, or the photographs of scikit-image, which is not imported."""
+    if folder is not None:
+        return sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif"))
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the photographs come with scikit-image: pip install 'fastsr-torch[demo]', or give --pictures")
+    return [path for name in PHOTOGRAPHS if (path := Path(spec.origin).parent / "data" / name).is_file()]
+
+
+def patches(pictures: list[np.ndarray], args: argparse.Namespace, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of small patches (bicubic, antialiased) and the large ones that they were made from, values 0..1."""
+    random, side = np.random.default_rng((args.seed, step)), args.patch * args.upscale
+    pairs = []
+    for _ in range(args.batch):
+        picture = pictures[random.integers(len(pictures))]
+        top, left = (random.integers(length - side + 1) for length in picture.shape[:2])
+        large = np.rot90(picture[top : top + side, left : left + side], random.integers(4))
+        large = np.ascontiguousarray(large[:, :: random.choice((-1, 1))])
+        small = Image.fromarray(large).resize((args.patch, args.patch), Image.Resampling.BICUBIC)
+        pairs.append((np.asarray(small), large))
+    small, large = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255 for batch in zip(*pairs, strict=True))
+    return small, large
+
+
+def save(args: argparse.Namespace, model: RCAN, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    """The weights in BasicSR's dialect and wrapper, and what is needed to go on; the file appears whole or not at all."""
+    options = {name: getattr(args, name) for name in FIXED}
+    with atomic_file(args.checkpoint) as file:
+        torch.save({"params": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "options": options}, file)
+
+
+def resume(args: argparse.Namespace, model: RCAN, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Load the checkpoint if there is one; the losses of the steps that it has done."""
+    if not args.checkpoint.exists():
+        return []
+    found = torch.load(args.checkpoint, weights_only=True, map_location=next(model.parameters()).device)
+    for name, value in found["options"].items():
+        if getattr(args, name) != value:
+            raise SystemExit(f"{args.checkpoint} was trained with --{name} {value}, and this run has {getattr(args, name)}")
+    model.load_state_dict(found["params"])
+    optimizer.load_state_dict(found["optimizer"])
+    return list(found["losses"])
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only remembered; the second is as usual."""
+    asked: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+        print("stopping after this step; once more to stop now", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def progress(steps: int, done: int) -> Iterator[Callable[[list[float], float], None]]:
+    """A bar of rich on a terminal, a line for every step elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda losses, seconds: print(f"step {len(losses)}/{steps}  loss {losses[-1]:.4f}  {seconds:.1f} s", flush=True)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    loss, pace = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[pace]:.1f} s a step")
+    with Progress(loss, BarColumn(), MofNCompleteColumn(), pace, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=steps, completed=done, loss=float("nan"), pace=float("nan"))
+
+        def show(losses: list[float], seconds: float) -> None:
+            bar.update(task, completed=len(losses), loss=float(np.mean(losses[-20:])), pace=seconds)
+
+        yield show
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint stays as it is", file=sys.stderr)
+        sys.exit(130)
