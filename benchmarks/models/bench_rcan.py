@@ -27,12 +27,12 @@ def cases(options: Options) -> list[Case]:
     """For each dtype forward at each size, and a training step."""
     made = []
     for dtype in options.dtypes:
-        made += [_case(options.device, dtype, image, GROUPS, backward=False) for image in FORWARD[options.sizes]]
-        made += [_case(options.device, dtype, image, TRAINED_GROUPS, backward=True) for image in TRAINING[options.sizes]]
+        made += [_case(options, dtype, image, GROUPS, backward=False) for image in FORWARD[options.sizes]]
+        made += [_case(options, dtype, image, TRAINED_GROUPS, backward=True) for image in TRAINING[options.sizes]]
     return made
 
 
-def _case(device: str, dtype: str, image: tuple[int, int, int], groups: int, backward: bool) -> Case:
+def _case(options: Options, dtype: str, image: tuple[int, int, int], groups: int, backward: bool) -> Case:
     n, h, w = image
 
     def inputs(generator: torch.Generator) -> Inputs:
@@ -41,7 +41,7 @@ def _case(device: str, dtype: str, image: tuple[int, int, int], groups: int, bac
 
     plain = functools.partial(eager.RCAN, num_group=groups)
     ours = functools.partial(RCAN, 3, 3, num_group=groups, img_range=1.0, rgb_mean=(0.0,))  # the plain network has neither
-    wrap = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
+    finish = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
     with torch.device("meta"):
         network = plain()
     direction = "forward+backward" if backward else "forward"
@@ -50,13 +50,13 @@ def _case(device: str, dtype: str, image: tuple[int, int, int], groups: int, bac
         suite="models",
         subject="rcan",
         label=f"x4 {n}x3x{h}x{w} {groups} groups {direction}",
-        device=device,
+        device=options.device,
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": 64, "num_group": groups, "num_block": 20, "squeeze_factor": 16, "direction": direction},
         flops=n * eager.conv_flops(network, h, w) * (3 if backward else 1),
         bytes=float(element * (1 + backward) * (3 * n * h * w * 17 + sum(p.numel() for p in network.parameters()))),
         state=builders.state_like(plain, 1 / 3),  # that of torch's initialisation
         inputs=inputs,
-        eager=builders.eager(plain, wrap),
-        runners=builders.runners(plain, ours, device, DTYPES[dtype], wrap),
+        eager=builders.eager(plain, finish),
+        runners=builders.runners(plain, ours, dtype, options, finish),
     )

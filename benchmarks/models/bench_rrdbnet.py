@@ -18,10 +18,10 @@ SIZES = {"full": (128, 256), "quick": (32,), "tiny": (8,)}
 
 def cases(options: Options) -> list[Case]:
     """One case for each size and dtype."""
-    return [_case(options.device, dtype, size) for dtype in options.dtypes for size in SIZES[options.sizes]]
+    return [_case(options, dtype, size) for dtype in options.dtypes for size in SIZES[options.sizes]]
 
 
-def _case(device: str, dtype: str, size: int) -> Case:
+def _case(options: Options, dtype: str, size: int) -> Case:
     def inputs(generator: torch.Generator) -> Inputs:
         return (torch.rand(1, 3, size, size, generator=generator),)
 
@@ -32,7 +32,7 @@ def _case(device: str, dtype: str, size: int) -> Case:
         suite="models",
         subject="rrdbnet",
         label=f"x4 1x3x{size}x{size} forward",
-        device=device,
+        device=options.device,
         dtype=dtype,
         sizes={"n": 1, "h": size, "w": size, "num_feat": 64, "num_block": 23, "num_grow_ch": 32, "direction": "forward"},
         flops=eager.conv_flops(network, size, size),
@@ -40,5 +40,5 @@ def _case(device: str, dtype: str, size: int) -> Case:
         state=builders.state_like(eager.RRDBNet, 1),  # 23 blocks' outputs stay near 1
         inputs=inputs,
         eager=builders.eager(eager.RRDBNet),
-        runners=builders.runners(eager.RRDBNet, lambda: RRDBNet(3, 3), device, DTYPES[dtype]),
+        runners=builders.runners(eager.RRDBNet, lambda: RRDBNet(3, 3), dtype, options),
     )

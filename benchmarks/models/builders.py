@@ -1,28 +1,30 @@
-"""Builders that the networks' cases share: the plain network in both layouts, compiled, in OpenVINO, and ours with the same weights."""
+"""Builders that the networks' cases share: the plain network and its rivals, and ours with the same weights."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastsr
-from fastsr.bench.case import BASELINE, Builder, Call, Runner, State
-from fastsr.bench.cases.peers import openvino_runtime
+from fastsr.bench.case import DTYPES, Builder, Call, Runner, State
+from fastsr.bench.cases.peers import onnx_runtime, openvino_runtime
+from fastsr.bench.cases.peers.rivals import Wrap, plain_runners
+from fastsr.bench.suite import Options
 
 #: Makes a network of the case's sizes.
 Network = Callable[[], nn.Module]
 
-#: What is timed of a network: the call itself, or something around it.
-Wrap = Callable[[nn.Module], Call]
+#: Makes the timed call of a network and of its forward computation, which may be compiled or under autocast.
+Finish = Callable[[nn.Module, Callable[[Tensor], Tensor]], Call]
 
 BACKENDS = ("auto", "compiled", "triton", "reference")
 
 
 def state_like(network: Network, gain: float) -> Callable[[torch.Generator], State]:
-    """Draws normal weights of variance `gain` over the fan-in, and likewise small biases."""
+    """Draws normal weights of variance `gain` over the fan-in, and biases of variance `gain`."""
 
     def draw(generator: torch.Generator) -> State:
         with torch.device("meta"):
@@ -32,61 +34,75 @@ def state_like(network: Network, gain: float) -> Callable[[torch.Generator], Sta
     return draw
 
 
-def runners(plain: Network, ours: Network, device: str, dtype: torch.dtype, wrap: Wrap | None = None) -> dict[str, Runner]:
-    """Everyone who runs the network; OpenVINO on a CPU, and only where nothing stands around the call."""
-    compiled = functools.partial(torch.compile, dynamic=False)
-    found = {
-        **{name: Runner(_ours(ours, name, wrap)) for name in BACKENDS},
-        "eager NCHW": Runner(eager(plain, wrap), channels_last=False),
-        BASELINE: Runner(eager(plain, wrap, channels_last=True)),
-        "torch.compile": Runner(eager(lambda: compiled(plain()), wrap, channels_last=True)),
-    }
-    if device == "cpu" and wrap is None:
-        found["OpenVINO"] = Runner(_openvino(plain, dtype), channels_last=False)
+def runners(plain: Network, ours: Network, dtype: str, options: Options, finish: Finish | None = None) -> dict[str, Runner]:
+    """Everyone who runs the network: inference, or with `finish` what that makes of it (then without other runtimes)."""
+    found = {name: Runner(_ours(ours, name, finish)) for name in BACKENDS}
+    if finish is None:
+        found["auto, frozen"] = Runner(_ours(ours, "auto", freeze=True))
+    found |= plain_runners(lambda wrap: eager(plain, finish, wrap), dtype, options)
+    if options.device == "cpu" and finish is None:
+        for name, peer in {"OpenVINO": openvino_runtime, "onnxruntime": onnx_runtime}.items():
+            found[name] = Runner(_converted(plain, peer.compile_network, DTYPES[dtype]), channels_last=False)
     return found
 
 
-def eager(network: Network, wrap: Wrap | None = None, channels_last: bool = False) -> Builder:
-    """The network with the case's weights."""
+def eager(network: Network, finish: Finish | None = None, wrap: Wrap = lambda forward: forward) -> Builder:
+    """The network with the case's weights, which take the layout of the first input."""
 
     def build(state: State) -> Call:
-        some = next(iter(state.values()))
-        built = network()
-        inner = getattr(built, "_orig_mod", built)  # what torch.compile wraps
-        inner.to(some.device, some.dtype).load_state_dict(state)
-        inner.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        built.train(wrap is not None).requires_grad_(wrap is not None)
-        return wrap(built) if wrap is not None else built
+        built = _loaded(network, state, trained=finish is not None)
+        forward = wrap(built)
+        call = finish(built, forward) if finish is not None else forward
+        settled = False
+
+        def settle_and_call(x: Tensor, *rest: Tensor) -> Any:
+            nonlocal settled
+            if not settled:
+                settled = True
+                last = x.is_contiguous(memory_format=torch.channels_last)
+                built.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            return call(x, *rest)
+
+        return settle_and_call
 
     return build
 
 
-def training_step(names: tuple[str, ...]) -> Wrap:
+def training_step(names: tuple[str, ...]) -> Finish:
     """Forward and backward of inputs (x, grad): the output, and of all gradients those of x and of the parameters in `names`."""
 
-    def around(network: nn.Module) -> Call:
-        inner = getattr(network, "_orig_mod", network)
-        parameters = dict(inner.named_parameters())
+    def finish(network: nn.Module, forward: Callable[[Tensor], Tensor]) -> Call:
+        parameters = dict(network.named_parameters())
 
         def call(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
             leaf = x.detach().requires_grad_()
-            y = network(leaf)
-            found = torch.autograd.grad(y, [leaf, *parameters.values()], grad)
+            y = forward(leaf)
+            found = torch.autograd.grad(y, [leaf, *parameters.values()], grad.to(y.dtype))
             gradients = dict(zip(parameters, found[1:], strict=True))
             return (y.detach(), found[0], *(gradients[name] for name in names))
 
         return call
 
-    return around
+    return finish
 
 
-def _openvino(network: Network, dtype: torch.dtype) -> Builder:
-    return lambda state: openvino_runtime.compile_network(eager(network)(state), dtype)
+def _loaded(network: Network, state: State, trained: bool) -> nn.Module:
+    some = next(iter(state.values()))
+    built = network().to(some.device, some.dtype)
+    built.load_state_dict(state)
+    return built.train(trained).requires_grad_(trained)
 
 
-def _ours(network: Network, backend: str, wrap: Wrap | None) -> Builder:
+def _ours(network: Network, backend: str, finish: Finish | None = None, freeze: bool = False) -> Builder:
     def build(state: State) -> Call:
         fastsr.set_backend(backend)  # of this process, which belongs to this runner
-        return eager(network, wrap, channels_last=True)(state)
+        built = _loaded(network, state, trained=finish is not None).to(memory_format=torch.channels_last)
+        if freeze:
+            fastsr.freeze(built)
+        return finish(built, built) if finish is not None else built
 
     return build
+
+
+def _converted(network: Network, convert: Callable[[nn.Module, torch.dtype], Call], dtype: torch.dtype) -> Builder:
+    return lambda state: convert(_loaded(network, state, trained=False), dtype)
