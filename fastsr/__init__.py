@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastsr._version import __version__
 
 if TYPE_CHECKING:
-    from fastsr import models, nn, ops
+    from fastsr import memory, models, nn, ops
     from fastsr.backends import BackendUnavailable, set_backend
     from fastsr.nn.freezing import freeze, unfreeze
     from fastsr.upscaling import upscale, upscale_many
@@ -29,7 +29,7 @@ _HOMES = {
     "upscale": "upscaling",
     "upscale_many": "upscaling",
 }
-_PACKAGES = ("backends", "models", "nn", "ops", "upscaling", "weights")
+_PACKAGES = ("backends", "memory", "models", "nn", "ops", "upscaling", "weights")
 
 __all__ = [
     "BackendUnavailable",
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "freeze",
     "load",
+    "memory",
     "models",
     "nn",
     "ops",
