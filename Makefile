@@ -1,7 +1,8 @@
 # make demo   upscale a real photograph x4        make build   compile the native library
 # make test   the whole test suite                make lint    style, types, import directions
 # make gpu    tests and measurements on a GPU     make ledger  registers and memory of every CUDA kernel
-# make peers  pictures against ncnn and spandrel
+# make peers  pictures against ncnn and spandrel   make report  README's figures from the committed results
+# make watch  quick cases against their floors; warns, and fails for a wrong answer alone
 #
 # Everything is installed into a virtual environment (VENV, default .venv), made on first use.
 # `make VENV=path ...` uses one that exists, with whatever torch it holds.
@@ -14,7 +15,7 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 READY := $(VENV)/.fastsr-ready
 
-.PHONY: demo test build lint gpu ledger ledger-check peers clean
+.PHONY: demo test build lint gpu ledger ledger-check peers report watch clean
 
 demo: $(READY)
 	$(PY) examples/demo.py
@@ -55,6 +56,12 @@ $(READY): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -q -c constraints.txt torch numpy "setuptools>=77" wheel ninja pybind11
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
+
+report: $(READY)
+	$(PY) benchmarks/readme.py
+
+watch: build
+	$(PY) benchmarks/watch.py
 
 clean:
 	rm -rf build dist *.egg-info fastsr/_C.so demo-output

@@ -178,7 +178,7 @@ class Wheel(bdist_wheel):
 
 
 # The benchmark cases lie in benchmarks/ and are installed below fastsr.bench.cases.
-CASES = {f"fastsr.bench.cases.{folder}": f"benchmarks/{folder}" for folder in ("ops", "models", "peers", "native")}
+CASES = {f"fastsr.bench.cases.{folder}": f"benchmarks/{folder}" for folder in ("ops", "models", "scaling", "peers", "native")}
 
 os.chdir(HERE)
 arguments = native() if not {"egg_info", "sdist", "dist_info", "--version", "clean"} & set(sys.argv[1:]) else {}

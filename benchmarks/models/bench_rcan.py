@@ -27,12 +27,13 @@ def cases(options: Options) -> list[Case]:
     """For each dtype forward at each size, and a training step."""
     made = []
     for dtype in options.dtypes:
-        made += [_case(options, dtype, image, GROUPS, backward=False) for image in FORWARD[options.sizes]]
-        made += [_case(options, dtype, image, TRAINED_GROUPS, backward=True) for image in TRAINING[options.sizes]]
+        made += [case(options, dtype, image, GROUPS, backward=False) for image in FORWARD[options.sizes]]
+        made += [case(options, dtype, image, TRAINED_GROUPS, backward=True) for image in TRAINING[options.sizes]]
     return made
 
 
-def _case(options: Options, dtype: str, image: tuple[int, int, int], groups: int, backward: bool) -> Case:
+def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int, backward: bool) -> Case:
+    """The network with so many groups of 20 blocks, forward or as a training step."""
     n, h, w = image
 
     def inputs(generator: torch.Generator) -> Inputs:

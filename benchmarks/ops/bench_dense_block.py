@@ -26,13 +26,14 @@ def cases(options: Options) -> list[Case]:
     made = []
     for dtype in options.dtypes:
         for image in IMAGES[options.sizes]:
-            made.append(_case(options, dtype, image, backward=False))
+            made.append(case(options, dtype, image, backward=False))
             if image[1] <= 128:
-                made.append(_case(options, dtype, image, backward=True))
+                made.append(case(options, dtype, image, backward=True))
     return made
 
 
-def _case(options: Options, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
+def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
+    """One block on (batch, height, width), forward or with all gradients."""
     n, h, w = image
     shapes = [(FEATURES if k == CONVS - 1 else GROWTH, FEATURES + k * GROWTH, 3, 3) for k in range(CONVS)]
 

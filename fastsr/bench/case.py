@@ -47,7 +47,7 @@ class Case:
     and each output written once.
     """
 
-    suite: Literal["ops", "models"]
+    suite: Literal["ops", "models", "scaling"]
     subject: str  # the op's or network's name
     label: str  # what sets this case apart among its subject's cases
     device: str
@@ -59,6 +59,7 @@ class Case:
     inputs: Callable[[torch.Generator], Inputs]
     eager: Builder
     runners: Mapping[str, Runner] = field(default_factory=dict)
+    threads: int | None = None  # CPU threads, where the case is about their number
 
     @property
     def name(self) -> str:

@@ -71,11 +71,12 @@ def run(
             if settings.match and not any(text in case.name for text in settings.match):
                 continue
             say(f"{case.name} on {device}")
-            before = roofs.measure_cpu(settings.threads) if device == "cpu" else report["roofs"]
+            threads = case.threads or settings.threads
+            before = roofs.measure_cpu(threads) if device == "cpu" else report["roofs"]
             rows = run_case(module, case, settings, say)
             if device == "cpu":
                 # The machine's speed drifts: the roof of a case is the better of two measurements around it.
-                before = report["roofs"] = roofs.better(before, roofs.measure_cpu(settings.threads))
+                before = report["roofs"] = roofs.better(before, roofs.measure_cpu(threads))
             report["results"] += results.rate(rows, before)
             if keep:
                 keep(report)
@@ -86,7 +87,7 @@ def run_case(module: str, case: Case, settings: Settings, say: Say = lambda _: N
     """Rows of one case: one for each runner and timing mode, or one that says why there is no time."""
     options, device = settings.options, settings.options.device
     names = [name for name in case.runners if not settings.runners or name in settings.runners]
-    variables = child_environment(settings.threads, settings.variables)
+    variables = child_environment(case.threads or settings.threads, settings.variables)
     opening = {
         "module": module,
         "case": case.name,

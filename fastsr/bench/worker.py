@@ -33,9 +33,9 @@ class Worker:
     """One case and one runner."""
 
     def __init__(self, module: str, case: str, options: dict[str, Any], threads: int | None, round_seconds: float) -> None:
-        if threads:
-            torch.set_num_threads(threads)
         self.case: Case = suite.find(module, case, suite.Options(**{**options, "dtypes": tuple(options["dtypes"])}))
+        if threads := self.case.threads or threads:
+            torch.set_num_threads(threads)
         self.round_seconds = round_seconds
         self.call: Call | None = None
         self.sets: list[Inputs] = []

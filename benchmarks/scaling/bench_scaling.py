@@ -1,0 +1,66 @@
+"""Curves: how time and memory grow with pixels, depth, batch and threads. `fastsr bench report` plots them.
+
+Every point is a case of another module with one size varied; `sizes` names the axis and the value on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from fastsr.bench.case import BASELINE, Case
+from fastsr.bench.cases.models import bench_rcan
+from fastsr.bench.cases.ops import bench_dense_block
+from fastsr.bench.cases.peers import eager
+from fastsr.bench.suite import Options
+
+#: A curve through every rival of every case would take days.
+RUNNERS = ("auto", BASELINE, "torch.compile")
+
+SIDES = {"full": (16, 32, 64, 128, 256, 512), "quick": (16, 48), "tiny": (4, 6)}
+GROUPS = {"full": (1, 2, 5, 10, 20), "quick": (1, 2), "tiny": (1,)}  # of 20 blocks: 42 to 825 convolutions
+BATCHES = {"full": (1, 2, 4, 8, 16, 32), "quick": (1, 4), "tiny": (1, 2)}
+PATCH = {"full": 48, "quick": 24, "tiny": 4}
+DEEP_PATCH = {"full": 24, "quick": 12, "tiny": 4}
+THREAD_IMAGE = {"full": (1, 128, 128), "quick": (1, 48, 48), "tiny": (1, 6, 6)}
+
+
+def cases(options: Options) -> list[Case]:
+    """All curves for each dtype."""
+    return [case for dtype in options.dtypes for case in _curves(options, dtype)]
+
+
+def _curves(options: Options, dtype: str) -> Iterator[Case]:
+    size = options.sizes
+    for side in SIDES[size]:
+        yield _point(bench_rcan.case(options, dtype, (1, side, side), 1, backward=False), "pixels", side * side)
+    for groups in GROUPS[size]:
+        image = (1, DEEP_PATCH[size], DEEP_PATCH[size])
+        yield _point(bench_rcan.case(options, dtype, image, groups, backward=True), "depth", _convolutions(groups))
+    for batch in BATCHES[size]:
+        yield _point(bench_rcan.case(options, dtype, (batch, PATCH[size], PATCH[size]), 1, backward=False), "batch", batch)
+    if options.device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for threads in sorted({*(2**k for k in range(cores.bit_length())), cores}):
+            case = bench_dense_block.case(options, dtype, THREAD_IMAGE[size], backward=False)
+            yield replace(_point(case, "threads", threads), threads=threads)
+
+
+def _point(case: Case, axis: str, value: int) -> Case:
+    """The case as a point of a curve."""
+    return replace(
+        case,
+        suite="scaling",
+        label=f"{axis} {value}: {case.label}",
+        sizes={**case.sizes, "axis": axis, axis: value},
+        runners={name: case.runners[name] for name in RUNNERS},
+    )
+
+
+def _convolutions(groups: int) -> int:
+    with torch.device("meta"):
+        network = eager.RCAN(num_group=groups)
+    return sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
