@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fastsr.bench import driver, gate, process, results, suite
 from fastsr.bench.case import BASELINE, Case
 
+ROOT = Path(__file__).resolve().parents[2]
 FAKES = str(Path(__file__).with_name("fake_cases.py"))
 
 
@@ -132,7 +134,7 @@ def test_unknown_names_and_options_say_what_there_is() -> None:
 
 @pytest.mark.parametrize("sizes", ["tiny", "quick", "full"])
 def test_shipped_cases_have_distinct_names_a_baseline_and_counted_work(sizes: str) -> None:
-    for module in suite.select(["all"]):
+    for module in suite.select(["all", "scaling"]):
         made = suite.cases(module, suite.Options(dtypes=("float32", "bfloat16"), sizes=sizes))
         assert made
         for case in made:
@@ -156,3 +158,20 @@ def test_tiny_conv3x3_cases_pass_their_own_gate(tmp_path: Path) -> None:
             call = runner.build(gate.draw_state(case, torch.float32))
             verdict = gate.judge(case, call, tmp_path / "truth.pt", channels_last=runner.channels_last)
             assert verdict.passed, f"{case.name} {name}: {verdict.reason}"
+
+
+def test_curves_name_their_axis_and_are_no_part_of_all() -> None:
+    assert not any(module.startswith("scaling.") for module in suite.select(["all"]))
+    made = suite.cases("scaling.bench_scaling", suite.Options(sizes="quick"))
+    assert all(case.sizes[case.sizes["axis"]] > 0 for case in made)
+    assert {case.sizes["axis"] for case in made} >= {"pixels", "depth", "batch", "threads"}
+    depths = [case.sizes["depth"] for case in suite.cases("scaling.bench_scaling", suite.Options()) if case.sizes["axis"] == "depth"]
+    assert max(depths) > 400
+
+
+def test_floors_name_cases_that_exist() -> None:
+    floors = json.loads((ROOT / "benchmarks" / "floors.json").read_text())
+    options = suite.Options("cpu", tuple(floors["dtypes"]), "quick")
+    cases = {case.name: case for module in suite.select(floors["modules"]) for case in suite.cases(module, options)}
+    for name, floor in floors["cases"].items():
+        assert {floor["runner"], BASELINE} <= cases[name].runners.keys()
