@@ -46,23 +46,21 @@ def encoder(num_in_ch: int, num_feat: int, steps: int, num_block: int, num_res_c
     channels = num_in_ch
     for step in range(steps):
         wide = num_feat if step else num_feat // 2
-        layers += [nn.Conv2d(channels, wide, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(channels, wide, 4, stride=2, padding=1), nn.ReLU()]
         channels = wide
     layers.append(Conv3x3(channels, num_feat, backend=backend))
     layers += [ResidualLayer(num_feat, num_res_ch, backend) for _ in range(num_block)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True))
+    return nn.Sequential(*layers, nn.ReLU())
 
 
-def decoder(
-    num_in_ch: int, num_out_ch: int, num_feat: int, steps: int, num_block: int, num_res_ch: int, backend: Backend
-) -> nn.Sequential:
+def decoder(num_in_ch: int, num_out_ch: int, num_feat: int, steps: int, num_block: int, num_res_ch: int, backend: Backend) -> nn.Sequential:
     """A 3x3 convolution, residual layers, ReLU, and `steps` transposed 4x4 convolutions of stride 2."""
     layers: list[nn.Module] = [Conv3x3(num_in_ch, num_feat, backend=backend)]
     layers += [ResidualLayer(num_feat, num_res_ch, backend) for _ in range(num_block)]
     channels = num_feat
     for left in reversed(range(steps)):
         narrow = num_out_ch if left == 0 else num_feat // 2 if left == 1 else num_feat
-        layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(channels, narrow, 4, stride=2, padding=1)]
+        layers += [nn.ReLU(), nn.ConvTranspose2d(channels, narrow, 4, stride=2, padding=1)]
         channels = narrow
     return nn.Sequential(*layers)
 
@@ -82,7 +80,7 @@ class VQVAE(Module):
         num_feat: features of the encoder and the decoder.
         num_block: residual layers of each.
         num_res_ch: features inside a residual layer.
-        codebook_size, codebook_dim: K codes of D values.
+        codebook_size, codebook_dim: K codes of D values; with an option `num_heads`, for each head.
         downscale: pixels along each side of a code: 2, 4, 8, ...
         commitment_cost: beta.
         decay: of the codebook's moving averages; None for a codebook that the optimizer trains.
@@ -113,9 +111,10 @@ class VQVAE(Module):
         super().__init__(backend)
         self.num_in_ch, self.downscale, self.data_variance = num_in_ch, downscale, data_variance
         self.encoder = encoder(num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
-        self.project = nn.Conv2d(num_feat, codebook_dim, 1)
+        channels = codebook_dim * quantizer.get("num_heads", 1)
+        self.project = nn.Conv2d(num_feat, channels, 1)
         self.quantizer = _quantizer(codebook_size, codebook_dim, commitment_cost, decay, backend, quantizer)
-        self.decoder = decoder(codebook_dim, num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
+        self.decoder = decoder(channels, num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """(N, num_in_ch, H, W), usually centred at 0 -> the reconstruction, the codes and the terms of the loss."""
@@ -165,13 +164,14 @@ class VQVAE2(Module):
         self.num_in_ch, self.downscale, self.data_variance = num_in_ch, downscale, data_variance
         self.encoder_b = encoder(num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
         self.encoder_t = encoder(num_feat, num_feat, 1, num_block, num_res_ch, backend)
-        self.project_t = nn.Conv2d(num_feat, codebook_dim, 1)
+        channels = codebook_dim * quantizer.get("num_heads", 1)
+        self.project_t = nn.Conv2d(num_feat, channels, 1)
         self.quantizer_t = _quantizer(codebook_size, codebook_dim, commitment_cost, decay, backend, quantizer)
-        self.decoder_t = decoder(codebook_dim, codebook_dim, num_feat, 1, num_block, num_res_ch, backend)
-        self.project_b = nn.Conv2d(codebook_dim + num_feat, codebook_dim, 1)
+        self.decoder_t = decoder(channels, channels, num_feat, 1, num_block, num_res_ch, backend)
+        self.project_b = nn.Conv2d(channels + num_feat, channels, 1)
         self.quantizer_b = _quantizer(codebook_size, codebook_dim, commitment_cost, decay, backend, quantizer)
-        self.upsample_t = nn.ConvTranspose2d(codebook_dim, codebook_dim, 4, stride=2, padding=1)
-        self.decoder = decoder(2 * codebook_dim, num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
+        self.upsample_t = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        self.decoder = decoder(2 * channels, num_in_ch, num_feat, steps, num_block, num_res_ch, backend)
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """(N, num_in_ch, H, W), usually centred at 0 -> the reconstruction, the codes and the terms of the loss."""

@@ -102,11 +102,14 @@ class EMAVectorQuantizer(VectorQuantizer):
 
         While training with `sync`, `counts` and `perplexity` are those of all ranks.
         """
+        return self._forward(x, mask, self.training)
+
+    def _forward(self, x: Tensor, mask: Tensor | None, moves: bool) -> Quantized:
         rows, mask = self._rows(x), self._mask(x, mask)
-        if self.training and self._waits:
+        if moves and self._waits:
             self._initialise(rows, mask)
         out = self._quantize(rows, mask)
-        if self.training:
+        if moves:
             self._step(rows, mask, out)
         return self._result(x, out)
 

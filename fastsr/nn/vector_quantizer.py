@@ -172,11 +172,10 @@ class VectorQuantizer(Module):
         codes = self.codebook if x is None else self.codebook.to(self._search_dtype(x))
         return F.normalize(codes, dim=-1) if self.metric == "cosine" else codes
 
-    def _quantize(self, rows: Tensor, mask: Tensor | None) -> ops.VQOutput:
+    def _quantize(self, rows: Tensor, mask: Tensor | None, **options: bool) -> ops.VQOutput:
         codes = self._codes(rows)
-        return ops.vector_quantize(
-            rows.to(codes.dtype), codes, channel_dim=self._channel_dim, mask=mask, gradient=self.gradient, backend=self.backend
-        )
+        options = {"channel_dim": self._channel_dim, "mask": mask, "gradient": self.gradient, "backend": self.backend, **options}  # type: ignore[dict-item]
+        return ops.vector_quantize(rows.to(codes.dtype), codes, **options)  # type: ignore[arg-type]
 
     def _result(self, x: Tensor, out: ops.VQOutput) -> Quantized:
         loss = self._loss(out.codebook_loss, out.commitment_loss)

@@ -94,9 +94,7 @@ def test_vqvae2_s_levels_and_losses():
     found = model(x)
     b = model.encoder_b(x)
     top, top_indices, *top_losses = plain_vq(model.project_t(model.encoder_t(b)), model.quantizer_t.codebook)
-    bottom, bottom_indices, *bottom_losses = plain_vq(
-        model.project_b(torch.cat([model.decoder_t(top), b], 1)), model.quantizer_b.codebook
-    )
+    bottom, bottom_indices, *bottom_losses = plain_vq(model.project_b(torch.cat([model.decoder_t(top), b], 1)), model.quantizer_b.codebook)
     y = model.decoder(torch.cat([model.upsample_t(top), bottom], 1))
     assert top_indices.shape == (2, 2, 3)
     assert bottom_indices.shape == (2, 4, 6)

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsr import _native
+from fastsr import backends
 from fastsr.nn import EMAVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 from tests.harness import DEVICE, random_tensor
 
 KINDS = [VectorQuantizer, EMAVectorQuantizer]
+
+WHY_NOT = backends.why_not("vector_quantize", "compiled", DEVICE, torch.float32)
+COMPILED = pytest.mark.skipif(WHY_NOT is not None, reason=f"no graph of one piece without the compiled operator: {WHY_NOT}")
 
 
 def images(n=2, c=6, h=4, w=5, dtype=torch.float32, seed=1):
@@ -206,7 +209,7 @@ def test_copies_and_files_go_on_as_the_original(make):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(not _native.offers("vector_quantize"), reason="the compiled operator is not built")
+@COMPILED
 @pytest.mark.parametrize(
     "make",
     [
@@ -241,7 +244,7 @@ def test_one_graph_for_every_size(make):
         torch.testing.assert_close(tensor, eager.state_dict()[name])
 
 
-@pytest.mark.skipif(not _native.offers("vector_quantize"), reason="the compiled operator is not built")
+@COMPILED
 def test_inductor_trains():
     torch.manual_seed(0)
     torch._dynamo.reset()
