@@ -10,6 +10,10 @@
 
 constexpr int64_t kGroups = 16;  // summed in registers before they go to the strip's sums: a second level, for the rounding error
 
+// Asks for what a run reaches a page later, where the hardware's own prefetching stops. Measured, bfloat16 4x64x256x256, inputs in
+// DRAM: 5.4 ms without, 4.8 with; float32, which is at the copy's bandwidth, does not change. Around the L2 cache (NTA): half as fast.
+FASTSR_INLINE void ask_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 4096, 0, 2); }
+
 // Adds `count` values (LANES of them where kWhole) in each of V vectors of some groups to `sums`.
 template <class T, bool kProduct, int V, bool kWhole>
 FASTSR_INLINE void sum_vectors(const T* x, int64_t x_unit, const T* g, int64_t g_unit, int64_t groups, int count, float* sums) {
@@ -23,6 +27,8 @@ FASTSR_INLINE void sum_vectors(const T* x, int64_t x_unit, const T* g, int64_t g
   for (int64_t u = 0; u < groups; ++u, x += x_unit, g += g_unit) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
+      ask_ahead(x + v * LANES);
+      if (kProduct) ask_ahead(g + v * LANES);
       const Vector a = load_as(x + v * LANES, count);
       part[v] = kProduct ? fma(a, load_as(g + v * LANES, count), part[v]) : add(a, part[v]);
     }
@@ -63,6 +69,8 @@ enum class Plus { nothing, residual, shift };
 
 template <class T, Plus kPlus, bool kStream>
 FASTSR_INLINE void scale_vector(const ScaleJob& job, const T* x, const T* residual, T* out, int64_t v, int count) {
+  ask_ahead(x + v);
+  if (kPlus == Plus::residual) ask_ahead(residual + v);
   Vector y = load_as(x + v, count);
   const Vector factor = load(job.factors + v);
   if (kPlus == Plus::nothing) y = mul(factor, y);

@@ -42,7 +42,11 @@ from fastsr.kernels.gate import check as check_gate
 backends.register(
     "channel_attention",
     compiled=("cpu",),
-    rules=(Rule("compiled", "two passes over memory in place of eager's eleven kernels", "cpu", FUSED_DTYPES),),
+    triton=("cpu", "cuda"),
+    rules=(
+        Rule("compiled", "two passes over memory in place of eager's eleven kernels", "cpu", FUSED_DTYPES),
+        Rule("triton", "two passes over memory; not measured yet", "cuda", FUSED_DTYPES),
+    ),
 )
 
 
@@ -144,6 +148,11 @@ class _Options(NamedTuple):
     run: str
 
     def kernels(self) -> ModuleType:
+        """The module that runs it."""
+        if self.run == "triton":
+            from fastsr.kernels.channel_attention import triton  # imported late: Triton costs seconds and may be missing
+
+            return triton
         return compiled
 
 
@@ -193,7 +202,5 @@ class _ChannelAttention(torch.autograd.Function):
         wanted = any(needs)
         gradients = [torch.empty_like(p) if wanted and p is not None else None for p in parameters]
         down_weight, down_bias, up_weight, _ = parameters
-        ctx.options.kernels().backward_into(
-            dx, gradients, grad, x, pooled, gates, down_weight, down_bias, up_weight, *ctx.options[:3]
-        )
+        ctx.options.kernels().backward_into(dx, gradients, grad, x, pooled, gates, down_weight, down_bias, up_weight, *ctx.options[:3])
         return dx, dresidual, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
