@@ -13,4 +13,8 @@ STABLE_TORCH_LIBRARY(fastsr, m) {
   m.def("dense_block(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, Tensor(a!) workspace, Tensor(b!) out, float negative_slope, float res_scale, float residual_scale, Tensor? packed=None) -> ()");
   m.def("dense_block_features(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor(a!) workspace, float negative_slope) -> ()");
   m.def("dense_block_backward(Tensor grad, Tensor workspace, Tensor[] weights, Tensor(a!) grad_workspace, Tensor(b!)? dx, Tensor(c!)[] dweights, Tensor(d!)[] dbiases, float negative_slope, float res_scale, float residual_scale) -> ()");
+  m.def("vq_nearest(Tensor x, Tensor codebook, bool cosine, Tensor(a!) indices, Tensor(b!)? distances, Tensor(c!)? rescored) -> ()");
+  m.def("vector_quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, Tensor(a!) quantized, Tensor(b!) indices, Tensor(c!) loss, Tensor(d!) counts, Tensor(e!) sums, Tensor(f!)? distances) -> ()");
+  m.def("vector_quantize_dx(Tensor? grad, Tensor? commitment_grad, Tensor x, Tensor quantized, Tensor? mask, bool rotation, Tensor(a!) dx) -> ()");
+  m.def("vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized, Tensor indices, Tensor? mask, Tensor(a!) dcodebook) -> ()");
 }

@@ -10,6 +10,7 @@
 #define FASTSR_PRAGMA_(text) _Pragma(#text)
 #define FASTSR_PRAGMA(text) FASTSR_PRAGMA_(text)
 FASTSR_PRAGMA(GCC target(FASTSR_TARGET))
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarm inside GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #endif

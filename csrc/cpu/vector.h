@@ -24,6 +24,12 @@ FASTSR_INLINE Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), 
 FASTSR_INLINE Vector where_positive(Vector m, Vector yes, Vector no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(m, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);
 }
+FASTSR_INLINE Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+FASTSR_INLINE Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+FASTSR_INLINE Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+FASTSR_INLINE uint32_t lanes_at_most(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }  // a bit per lane
 
 FASTSR_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 FASTSR_INLINE Vector load_as(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
@@ -48,6 +54,28 @@ template <class T>
 FASTSR_INLINE void stream_as(T* p, Vector v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v)); }
 FASTSR_INLINE void stream_end() { _mm_sfence(); }
 
+// Transposes 16 x 16 values of 32 bits.
+FASTSR_INLINE void transpose(__m512i* r) {
+  __m512i a[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // r[4i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4i..4i+3
+    a[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), a[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    a[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), a[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88), r[8 + j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0xdd);
+    r[4 + j] = _mm512_shuffle_i32x4(a[4 + j], a[12 + j], 0x88), r[12 + j] = _mm512_shuffle_i32x4(a[4 + j], a[12 + j], 0xdd);
+  }
+}
+
 #elif FASTSR_LANES == 8
 
 constexpr int LANES = 8;
@@ -62,6 +90,14 @@ FASTSR_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(
 FASTSR_INLINE Vector relu(Vector v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }  // a NaN in the second operand stays
 FASTSR_INLINE Vector where_positive(Vector m, Vector yes, Vector no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(m, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+FASTSR_INLINE Vector minimum(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+FASTSR_INLINE Vector maximum(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+FASTSR_INLINE Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FASTSR_INLINE uint32_t lanes_at_most(Vector a, Vector b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
 }
 
 FASTSR_INLINE __m256i first(int count) {
@@ -116,6 +152,13 @@ FASTSR_INLINE Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 FASTSR_INLINE Vector where(Integers mask, Vector yes, Vector no) { return (Vector)((mask & (Integers)yes) | (~mask & (Integers)no)); }
 FASTSR_INLINE Vector relu(Vector v) { return where((Integers)(v < set1(0.f)), set1(0.f), v); }
 FASTSR_INLINE Vector where_positive(Vector m, Vector yes, Vector no) { return where((Integers)(m > set1(0.f)), yes, no); }
+FASTSR_INLINE Vector where_less(Vector a, Vector b, Vector yes, Vector no) { return where((Integers)(a < b), yes, no); }
+FASTSR_INLINE Vector minimum(Vector a, Vector b) { return where_less(a, b, a, b); }
+FASTSR_INLINE Vector maximum(Vector a, Vector b) { return where_less(b, a, a, b); }
+FASTSR_INLINE uint32_t lanes_at_most(Vector a, Vector b) {
+  const Integers m = (Integers)(a <= b);
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
 
 FASTSR_INLINE float from_bits(uint32_t bits) { float v; __builtin_memcpy(&v, &bits, sizeof v); return v; }
 FASTSR_INLINE uint32_t to_bits(float v) { uint32_t bits; __builtin_memcpy(&bits, &v, sizeof v); return bits; }

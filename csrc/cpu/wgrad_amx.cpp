@@ -122,28 +122,6 @@ static void pair_row(const WeightGradientTask& task, const Tiling& t, const BFlo
   }
 }
 
-// Transposes 16 x 16 values of 32 bits.
-FASTSR_INLINE void transpose(__m512i* r) {
-  __m512i a[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // r[4i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4i..4i+3
-    a[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), a[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    a[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), a[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    r[j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0x88), r[8 + j] = _mm512_shuffle_i32x4(a[j], a[8 + j], 0xdd);
-    r[4 + j] = _mm512_shuffle_i32x4(a[4 + j], a[12 + j], 0x88), r[12 + j] = _mm512_shuffle_i32x4(a[4 + j], a[12 + j], 0xdd);
-  }
-}
-
 // A segment of g, transposed; adds it to the bias's gradient if that is asked for.
 static void transpose_gradient(const WeightGradientTask& task, const Tiling& t, const Place& at, const BFloat16** pixels,
                                char* to, float* bias) {

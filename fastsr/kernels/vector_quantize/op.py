@@ -34,13 +34,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsr import backends
-from fastsr.backends import Backend
+from fastsr.backends import FUSED_DTYPES, Backend, Rule
 from fastsr.kernels import checks
-from fastsr.kernels.vector_quantize import reference
+from fastsr.kernels.vector_quantize import compiled, reference
 from fastsr.kernels.vq_nearest.op import Metric, as_rows, row_shape
 from fastsr.kernels.vq_nearest.reference import distance_dtype
 
-backends.register("vector_quantize", rules=())
+backends.register(
+    "vector_quantize",
+    compiled=("cpu",),
+    rules=(Rule("compiled", "the search's certificate, no one-hot, one pass of statistics", "cpu", FUSED_DTYPES),),
+)
 
 
 class VQOutput(NamedTuple):
@@ -151,8 +155,9 @@ def _mask_rows(mask: Tensor | None, x: Tensor, shape: tuple[int, ...], rows: Ten
 
 
 def _kernels(run: str) -> ModuleType:
-    """The launchers of a fused backend; imported late, since Triton costs seconds and may be missing."""
-    return importlib.import_module(f"fastsr.kernels.vector_quantize.{run}")
+    if run == "triton":
+        return importlib.import_module("fastsr.kernels.vector_quantize.triton")  # late: Triton costs seconds and may be missing
+    return compiled
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -169,7 +174,7 @@ class _VectorQuantize(torch.autograd.Function):
         counts, sums = x.new_empty((h, k), dtype=torch.int64), x.new_empty((h, k, d), dtype=accumulate)
         distances = x.new_empty((o, h, i), dtype=accumulate) if with_distance else None
         if indices.numel():
-            _kernels(run).quantize_into(quantized, indices, loss, counts, sums, distances, x, codebook, mask, cosine)
+            _kernels(run).quantize_into(quantized, indices, loss, counts, sums, distances, x, codebook.contiguous(), mask, cosine)
         else:
             for statistic in (loss, counts, sums):
                 statistic.zero_()

@@ -43,7 +43,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bo
     codebook_loss = _squares(q - x.detach(), kept, accumulate) / values
     commitment_loss = _squares(x - q.detach(), kept, accumulate) / values
     fixed = q.detach()
-    quantized = _Gradient.apply(_rotated(x, fixed) if rotation else x, fixed)
+    path = _rotated(x.to(accumulate), fixed.to(accumulate)).to(x.dtype) if rotation else x
+    quantized = _Gradient.apply(path, fixed)
     return Parts(quantized, indices, codebook_loss, commitment_loss, counts, sums, distances.to(accumulate) if with_distance else None)
 
 

@@ -28,14 +28,18 @@ import torch
 from torch import Tensor
 
 from fastsr import backends
-from fastsr.backends import Backend
+from fastsr.backends import FUSED_DTYPES, Backend, Rule
 from fastsr.kernels import checks
-from fastsr.kernels.vq_nearest import reference
+from fastsr.kernels.vq_nearest import compiled, reference
 from fastsr.kernels.vq_nearest.reference import distance_dtype
 
 Metric = Literal["euclidean", "cosine"]
 
-backends.register("vq_nearest", rules=())
+backends.register(
+    "vq_nearest",
+    compiled=("cpu",),
+    rules=(Rule("compiled", "no matrix of distances, float32 products with a certificate", "cpu", FUSED_DTYPES),),
+)
 
 
 def vq_nearest(
@@ -137,10 +141,11 @@ def search(
     indices = rows.new_empty((o, h, i), dtype=torch.int64)
     distances = rows.new_empty((o, h, i), dtype=torch.float32) if with_distance else None
     if indices.numel():
-        kernels(run).search_into(indices, distances, rescored, rows, codes, cosine)
+        _kernels(run).search_into(indices, distances, rescored, rows, codes.contiguous(), cosine)
     return indices, distances
 
 
-def kernels(run: str) -> ModuleType:
-    """The launchers of a fused backend; imported late, since Triton costs seconds and may be missing."""
-    return importlib.import_module(f"fastsr.kernels.vq_nearest.{run}")
+def _kernels(run: str) -> ModuleType:
+    if run == "triton":
+        return importlib.import_module("fastsr.kernels.vq_nearest.triton")  # late: Triton costs seconds and may be missing
+    return compiled

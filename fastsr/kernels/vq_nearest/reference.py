@@ -62,7 +62,7 @@ def _lanes(values: Tensor, cosine: bool) -> Tensor:
     values = F.pad(values.double(), (0, -d % LANES)).view(n, (d + LANES - 1) // LANES, LANES)
     if not cosine:
         return values
-    norms = _sum_of_squares(values).sqrt()[:, None, None]
+    norms = _sqrt(_sum_of_squares(values))[:, None, None]
     return values / torch.where(norms == 0, 1.0, norms)
 
 
@@ -72,6 +72,18 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     for j in range(values.shape[-2]):
         total += values[..., j, :].square()
     return _fold(total)
+
+
+def _sqrt(values: Tensor) -> Tensor:
+    """The correctly rounded square root, as processors have it: torch's own on a CPU is off by a unit in the last place at times."""
+    root = values.sqrt()
+    high = root * (2**27 + 1)
+    high = high - (high - root)
+    low = root - high
+    square = root * root
+    rest = ((high * high - square) + 2 * high * low) + low * low  # root^2 = square + rest, exactly (Dekker)
+    better = root + ((values - square) - rest) / (2 * root)
+    return torch.where(better.isfinite(), better, root)
 
 
 def _fold(lanes: Tensor) -> Tensor:

@@ -1,0 +1,20 @@
+// The nearest-code search for AVX-512 (F, BW, VL, DQ).
+#if defined(__x86_64__)
+#include "cpu/unfused.h"
+#define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#include "cpu/target.h"
+#include "cpu/vq_engine.h"
+
+namespace fastsr::cpu::avx512 {
+
+#define FASTSR_LANES 16
+#define FASTSR_NAME "avx512"
+#include "cpu/vector.h"
+#include "cpu/vq_kernel.h"
+
+}  // namespace fastsr::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
