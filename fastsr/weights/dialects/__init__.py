@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastsr.weights.dialects import rcan, rrdbnet
+from fastsr.weights.dialects import rcan, rrdbnet, vqvae, vqvae2
 from fastsr.weights.errors import WeightsError, some
 
 #: The first dialect, over all families, whose `matches` holds takes the file.
-FAMILIES = (rrdbnet, rcan)
+FAMILIES = (rrdbnet, rcan, vqvae, vqvae2)
 
 #: What data-parallel training puts before every name.
 PREFIX = "module."

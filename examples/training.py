@@ -1,0 +1,60 @@
+"""What the training examples share: photographs, a bar, and Ctrl-C that ends a run well."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+#: Of those that come with scikit-image.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg")
+
+
+def picture_files(folder: Path | None) -> list[Path]:
+    """The pictures directly in a folder, or the photographs of scikit-image, which is not imported."""
+    if folder is not None:
+        return sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif"))
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the photographs come with scikit-image: pip install 'fastsr-torch[demo]', or give --pictures")
+    return [path for name in PHOTOGRAPHS if (path := Path(spec.origin).parent / "data" / name).is_file()]
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only remembered; the second is as usual."""
+    asked: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+        print("stopping after this step; once more to stop now", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def progress(steps: int, done: int) -> Iterator[Callable[[list[float], float], None]]:
+    """A bar of rich on a terminal, a line for every step elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda losses, seconds: print(f"step {len(losses)}/{steps}  loss {losses[-1]:.4f}  {seconds:.1f} s", flush=True)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    loss, pace = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[pace]:.1f} s a step")
+    with Progress(loss, BarColumn(), MofNCompleteColumn(), pace, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=steps, completed=done, loss=float("nan"), pace=float("nan"))
+
+        def show(losses: list[float], seconds: float) -> None:
+            bar.update(task, completed=len(losses), loss=float(np.mean(losses[-20:])), pace=seconds)
+
+        yield show
