@@ -2,13 +2,11 @@
 //
 // out and residual may be the same tensor; x shares no element with out.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "common/conv3x3_args.h"
-#include "cpu/conv_driver.h"
+#include "cpu/conv_rows.h"
 #include "cpu/frozen.h"
 
 namespace fastsr::cpu {
@@ -51,31 +49,18 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   void* to = out.mutable_data_ptr();
   const void* skip = residual ? residual->const_data_ptr() : nullptr;
 
-  const int64_t work = a.width * a.cin * a.cout * 9;  // multiply-adds of a row; a thread is worth waking for some 100,000
-  torch::stable::parallel_for(0, a.batch * a.height, std::max<int64_t>(1, 100000 / work), [&](int64_t begin, int64_t end) {
-    thread_local Buffer rows;
-    const int64_t together = rows_at_a_time(a.width);
-    RowInput input(kernel, layout, together, rows);
-    RowJob job{}, jobs[kRows];
-    job.conv = &conv;
-    job.begin = 0, job.end = a.width;
-    job.out_pixel = a.out.w * r;
-    job.epilogue.slope = a.negative_slope, job.epilogue.scale = a.scale;
-    job.epilogue.skip_pixel = a.residual.w * r;
-    job.epilogue.out_lanes = r > 1 ? out_lanes.data() : nullptr;
-    job.epilogue.skip_lanes = r > 1 && skip ? skip_lanes.data() : nullptr;
-    for (int64_t i = begin; i < end;) {
-      int64_t count = 0;
-      do {
-        const int64_t n = i / a.height, y = i % a.height;
-        input.set(job, n, y);
-        job.out = const_cast<char*>(offset(to, n * a.out.n + y * r * a.out.h, size));
-        if (skip) job.epilogue.skip = offset(skip, n * a.residual.n + y * r * a.residual.h, size);
-        jobs[count++] = job;
-      } while (++i < end && count < together && i % a.height != 0);
-      kernel.rows[static_cast<int>(type)](jobs, count);
-    }
-  });
+  RowJob common{};
+  common.conv = &conv;
+  common.out_pixel = a.out.w * r;
+  common.epilogue.slope = a.negative_slope, common.epilogue.scale = a.scale;
+  common.epilogue.skip_pixel = a.residual.w * r;
+  common.epilogue.out_lanes = r > 1 ? out_lanes.data() : nullptr;
+  common.epilogue.skip_lanes = r > 1 && skip ? skip_lanes.data() : nullptr;
+  const auto place = [&](RowJob& job, int64_t n, int64_t y) {
+    job.out = const_cast<char*>(offset(to, n * a.out.n + y * r * a.out.h, size));
+    if (skip) job.epilogue.skip = offset(skip, n * a.residual.n + y * r * a.residual.h, size);
+  };
+  convolve_rows(kernel, layout, type, common, 0, a.batch * a.height, place, [](int64_t, const RowJob&) {});
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/channels.h"
 #include "cpu/isa.h"
 
 namespace fastsr::cpu {
@@ -156,7 +157,7 @@ RowInput::RowInput(const Kernel& kernel, const Layout& layout, int64_t rows, Buf
   padded_ = round_up(in_.channels, kernel.unit);
   width_ = in_.width * in_.upsample;
   type_bytes_ = bytes_of(in_.type), operand_bytes_ = bytes_of(kernel.operand);
-  converted_ = in_.type != kernel.operand || in_.upsample != 1 || padded_ != in_.channels || (kernel.gather && width_ < kEdge);
+  converted_ = in_.scale || in_.type != kernel.operand || in_.upsample != 1 || padded_ != in_.channels || (kernel.gather && width_ < kEdge);
   edges_ = kernel.gather && !converted_;
   int64_t pixels = 0;  // of a slot: a whole row, or the two ends of one
   if (converted_) pixels = kernel.gather ? std::max(width_, kEdge) + 2 : width_;
@@ -173,13 +174,19 @@ const char* RowInput::stored(int64_t n, int64_t y) const {
   return static_cast<const char*>(in_.data) + (n * in_.n + y * in_.h) * type_bytes_;
 }
 
-void RowInput::convert(char* to, const char* from) const {
+void RowInput::convert(char* to, const char* from, int64_t n) const {
   const auto read = kernel_.read[static_cast<int>(in_.type)];
   const int64_t pixel = padded_ * operand_bytes_, values = in_.channels * operand_bytes_;
   if (kernel_.gather) {
     std::memset(to, 0, pixel);
     std::memset(to + (width_ + 1) * pixel, 0, (std::max(width_, kEdge) + 1 - width_) * pixel);
     to += pixel;
+  }
+  if (in_.scale) {
+    for (int64_t x = 0; padded_ != in_.channels && x < width_; ++x) std::memset(to + x * pixel + values, 0, pixel - values);
+    const int64_t c = n * in_.channels;
+    const auto scale_row = choose_channel_kernel().scale_row[static_cast<int>(in_.type)][static_cast<int>(kernel_.operand)];
+    return scale_row(from, in_.w, in_.scale + c, in_.shift + c, width_, in_.channels, to, padded_);
   }
   if (in_.upsample == 1 && padded_ == in_.channels && in_.w == in_.channels) return read(from, to, in_.width * in_.channels);
   for (int64_t x = 0; x < in_.width; ++x, from += in_.w * type_bytes_) {
@@ -212,7 +219,7 @@ void RowInput::set(RowJob& job, int64_t n, int64_t y) {
     const int64_t at = source % slot_count_;
     char* slot = slots_[at];
     if (slot && keys_[at] != key) {
-      converted_ ? convert(slot, from) : copy_edges(slot, from);
+      converted_ ? convert(slot, from, n) : copy_edges(slot, from);
       keys_[at] = key;
     }
     const int64_t border = kernel_.gather ? padded_ * operand_bytes_ : 0;

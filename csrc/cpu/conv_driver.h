@@ -65,6 +65,8 @@ class RowInput {
     int64_t n, h, w;  // strides in elements
     int64_t channels, height, width;  // of the stored picture
     int upsample;
+    // Where they are not null: the values are read as scale[image][channel] * v + shift[image][channel], zero outside the picture.
+    const float *scale = nullptr, *shift = nullptr;
   };
 
   // `rows`: how many consecutive rows are asked for before the kernel runs.
@@ -78,7 +80,7 @@ class RowInput {
 
  private:
   const char* stored(int64_t n, int64_t y) const;
-  void convert(char* to, const char* from) const;
+  void convert(char* to, const char* from, int64_t n) const;
   void copy_edges(char* to, const char* from) const;
 
   const Kernel& kernel_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fastsr import ops
-from tests.harness import Case
+from fastsr.kernels.rcab import reference
+from tests.harness import ALL_DTYPES, DEVICE, Case, adversarial_cases, assert_twice_eager, available_backends, random_tensor
+
+RUNNERS = available_backends("rcab")
 
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "down_weight", "down_bias", "up_weight", "up_bias")
 
@@ -21,6 +25,37 @@ def parameters(case: Case, features: int, hidden: int, squeezed: int, biases: bo
     for key, shape in enumerate(weights):
         tensors += [case.parameter(*shape, key=2 * key), 0.3 * case.parameter(shape[0], key=2 * key + 1) if biases else None]
     return tensors
+
+
+# (features, hidden, squeezed, res_scale, with biases, end of the gate's shapes, save)
+BLOCKS = (
+    (64, 64, 4, 1.0, True, (1, 1), "all"),
+    (16, 16, 1, 0.1, True, (), "input"),
+    (3, 5, 2, -1.5, False, (), "all"),
+    (33, 48, 3, 1.0, True, (1, 1), "input"),
+    (1, 1, 1, 0.5, True, (), "all"),
+    (40, 17, 8, 1.0, False, (1, 1), "all"),
+)
+
+CASES = [
+    (Case((case.size[0], block[0], *case.size[2:]), case.dtype, case.layout, case.gradient, case.seed + 1), block)
+    for case, block in zip(adversarial_cases(channels=(1, 2)), itertools.cycle(BLOCKS), strict=False)
+]
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize(("case", "block"), CASES, ids=[f"{c}-{b[1]}-{b[6]}" for c, b in CASES])
+def test_output_and_gradients_are_as_good_as_eager(case, block, runner):
+    features, hidden, squeezed, res_scale, biases, tail, save = block
+    arguments = [case.input(), *parameters(case, features, hidden, squeezed, biases, tail)]
+    with runner.active() as backend:
+        assert_twice_eager(
+            fused=partial(ops.rcab, res_scale=res_scale, save=save, backend=backend),
+            eager=partial(reference.rcab, res_scale=res_scale),
+            args=arguments,
+            grad=case.gradient_like,
+            names=NAMES,
+        )
 
 
 def rcan_block(dtype: torch.dtype, size: tuple[int, int, int] = (2, 9, 11)) -> list[Tensor]:

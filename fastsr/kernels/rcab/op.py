@@ -25,17 +25,23 @@ Source: Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel A
 
 from __future__ import annotations
 
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsr import backends
-from fastsr.backends import Backend
+from fastsr.backends import FUSED_DTYPES, Backend, Rule
 from fastsr.kernels import checks, gate
-from fastsr.kernels.rcab import reference
+from fastsr.kernels.rcab import compiled, reference
 
-backends.register("rcab", rules=())
+backends.register(
+    "rcab",
+    compiled=("cpu",),
+    rules=(Rule("compiled", "two passes: the gate is known before the second convolution runs", "cpu", FUSED_DTYPES),),
+)
 
 
 def rcab(
@@ -87,12 +93,19 @@ def rcab(
         BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
     """
     x, *parameters = checks.autocast(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias)
-    hidden = _check(save, x, *parameters)
+    _check(save, x, *parameters)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    _check_buffers(x, hidden, out, workspace, needs_grad)
-    backends.choose("rcab", backend, x)
-    y = reference.rcab(x, *parameters, res_scale=res_scale)
-    return y if out is None else out.copy_(y)
+    _check_buffers(x, weight1.shape[0], out, workspace, needs_grad)
+    run = backends.choose("rcab", backend, x).backend
+    if run == "reference":
+        y = reference.rcab(x, *parameters, res_scale=res_scale)
+        return y if out is None else out.copy_(y)
+    if needs_grad:
+        return _Rcab.apply(x, res_scale, save, run, *parameters)
+    hidden = checks.empty_pixels(x, weight1.shape[0], *x.shape[2:]) if workspace is None else workspace
+    out = checks.empty_pixels(x, *x.shape[1:]) if out is None else out
+    _forward(out, hidden, *_vectors(hidden, x.shape[1]), x, parameters, res_scale, run, packed)
+    return out
 
 
 def _check(
@@ -106,8 +119,8 @@ def _check(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-) -> int:
-    """Check all but the buffers; the number of hidden channels."""
+) -> None:
+    """Check all but the buffers."""
     checks.check_dtype("rcab", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     checks.check_shape("rcab", "x", x, (None,) * 4, "(N, F, H, W)")
     if min(x.shape[1:]) == 0:
@@ -123,7 +136,6 @@ def _check(
     checks.check_shape("rcab", "weight2", weight2, (features, hidden, 3, 3), "(F, M, 3, 3)")
     checks.check_shape("rcab", "bias2", bias2, (features,), "(F,)")
     gate.check("rcab", x, features, down_weight, down_bias, up_weight, up_bias)
-    return hidden
 
 
 def _check_buffers(x: Tensor, hidden: int, out: Tensor | None, workspace: Tensor | None, needs_grad: bool) -> None:
@@ -135,3 +147,80 @@ def _check_buffers(x: Tensor, hidden: int, out: Tensor | None, workspace: Tensor
         checks.check_dtype("rcab", x, **{name: buffer})
         checks.check_shape("rcab", name, buffer, (x.shape[0], channels, *x.shape[2:]), "x's images and size")
         checks.check_pixel_major("rcab", name, buffer)
+
+
+def _kernels(run: str) -> ModuleType:
+    return compiled
+
+
+def _vectors(hidden: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Empty `sums` (N, M, 9) and `attention` (2, N, F): what the forward leaves beside the pictures, in float32."""
+    n, m = hidden.shape[:2]
+    return hidden.new_empty((n, m, 9), dtype=torch.float32), hidden.new_empty((2, n, features), dtype=torch.float32)
+
+
+def _forward(
+    out: Tensor,
+    hidden: Tensor,
+    sums: Tensor,
+    attention: Tensor,
+    x: Tensor,
+    parameters: list[Tensor | None],
+    res_scale: float,
+    run: str,
+    packed: Tensor | None = None,
+) -> None:
+    if x.numel() == 0:
+        return
+    weight1, bias1, weight2, *others = parameters
+    more = (packed,) if run == "compiled" else ()
+    others = [None if t is None else t.contiguous() for t in others]
+    _kernels(run).forward_into(out, hidden, sums, attention, checks.pixel_major(x), weight1, bias1, _dense(weight2), *others, res_scale, *more)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """`weight` itself if it is contiguous or channels-last, else a copy."""
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+
+
+class _Rcab(torch.autograd.Function):
+    """The one autograd boundary of the compiled and Triton backends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, res_scale: float, save: str, run: str, *parameters: Any) -> Tensor:
+        x = checks.pixel_major(x)
+        weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias = parameters
+        hidden = checks.empty_pixels(x, weight1.shape[0], *x.shape[2:])
+        sums, attention = _vectors(hidden, x.shape[1])
+        y = checks.empty_pixels(x, *x.shape[1:])
+        _forward(y, hidden, sums, attention, x, list(parameters), res_scale, run)
+        ctx.options = (res_scale, run, up_bias is not None)
+        ctx.save_for_backward(
+            x, None if save == "input" else hidden, sums, attention, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        res_scale, run, has_up_bias = ctx.options
+        x, hidden, sums, attention, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight = ctx.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        weights = (weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_weight if has_up_bias else None)
+        shapes = (w for w in (weight1, weight2, down_weight, up_weight))
+        gradients = [g for w in shapes for g in (torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(w.shape[0]))]
+        dx = checks.empty_pixels(grad, *grad.shape[1:]) if needs_x else None
+        if x.numel() == 0:
+            gradients = [g.zero_() for g in gradients]
+        else:
+            kernels = _kernels(run)
+            if hidden is None:
+                hidden = checks.empty_pixels(x, weight1.shape[0], *x.shape[2:])
+                kernels.hidden_into(hidden, x, weight1, bias1)
+            dense = [None if t is None else t.contiguous() for t in (weight2, bias2, down_weight, down_bias, up_weight)]
+            wanted = gradients if any(needs) else []
+            kernels.backward_into(
+                dx, wanted, torch.empty_like(hidden), checks.pixel_major(grad), x, hidden, sums, attention, weight1, *dense, res_scale
+            )
+        given = [w is not None for w in weights]
+        return dx, None, None, None, *(g if need and has else None for g, need, has in zip(gradients, needs, given, strict=True))

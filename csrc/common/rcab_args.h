@@ -1,0 +1,57 @@
+// The arguments of the residual channel attention block's operators, checked once for the CPU and the CUDA kernels.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace fastsr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct RcabShape {
+  int64_t batch, features, hidden, height, width;
+  int64_t pixels() const { return height * width; }
+};
+
+inline void check_rcab_pixels(const Tensor& t, const Tensor& x, int64_t channels, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == channels && t.size(2) == x.size(2) && t.size(3) == x.size(3) &&
+                      t.scalar_type() == x.scalar_type(),
+                  "rcab: ", name, " does not fit; expected ", channels, " channels, and images and dtype as the others");
+  STD_TORCH_CHECK(channels <= 1 || t.stride(1) == 1, "rcab: ", name, " has channel stride ", t.stride(1),
+                  "; expected 1 (channels-last, or a channel slice of it)");
+}
+
+inline void check_rcab_floats(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, "rcab: ", name, " is not ", count,
+                  " contiguous values of float32");
+}
+
+inline void check_rcab_bias(const std::optional<Tensor>& bias, const Tensor& weight, const char* name) {
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == weight.scalar_type()), "rcab: ",
+                  name, " has not one value of the weight's dtype per output");
+}
+
+// x, the two convolutions, the hidden channels r, and the vectors that go with them: `sums` (N, M, 9), the sum of r that each tap of the
+// second convolution reads, and `attention` (2, N, F), the pooled values and the gate.
+inline RcabShape rcab_shape(const Tensor& x, const Tensor& weight1, const Tensor& weight2, const Tensor& hidden, const Tensor& sums,
+                            const Tensor& attention) {
+  STD_TORCH_CHECK(x.dim() == 4, "rcab: x has ", x.dim(), " dimensions; expected 4");
+  STD_TORCH_CHECK(weight1.dim() == 4, "rcab: weight1 has ", weight1.dim(), " dimensions; expected 4");
+  const RcabShape s{x.size(0), x.size(1), weight1.size(0), x.size(2), x.size(3)};
+  const auto fits = [&](const Tensor& w, int64_t outputs, int64_t inputs) {
+    return w.dim() == 4 && w.size(0) == outputs && w.size(1) == inputs && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == x.scalar_type();
+  };
+  STD_TORCH_CHECK(fits(weight1, s.hidden, s.features) && fits(weight2, s.features, s.hidden),
+                  "rcab: the weights do not fit x with ", s.features, " channels; expected (M, F, 3, 3) and (F, M, 3, 3) of its dtype");
+  check_rcab_pixels(x, x, s.features, "x");
+  check_rcab_pixels(hidden, x, s.hidden, "hidden");
+  check_rcab_floats(sums, s.batch * s.hidden * 9, "sums");
+  check_rcab_floats(attention, 2 * s.batch * s.features, "attention");
+  return s;
+}
+
+}  // namespace fastsr
