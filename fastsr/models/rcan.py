@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from fastsr.backends import Backend
 from fastsr.models.pictures import check_picture, unshuffled
 from fastsr.nn import RCAB, ChannelAttention, Conv3x3, Module, ResidualGroup, needs_grad, unfreeze
 from fastsr.nn.freezing import Freezable
-from fastsr.nn.module import Save, compute_dtype, empty_buffer
+from fastsr.nn.module import Save, compute_dtype, empty_buffer, scaled
+from fastsr.nn.tail import Step, tail
 
 #: Of the colours of DIV2K, on which RCAN is trained.
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
@@ -65,8 +67,8 @@ class RCAN(Freezable, Module):
         unshuffle: 1, 2 or 4; 2 and 4 are traiNNer-redux's variant, with the tail of a x4 network.
         mean_shift: the network has the layers `sub_mean` and `add_mean` of its authors' code (1x1 convolutions on values
             0..`img_range`, 24 parameters, not trained) in place of `rgb_mean`.
-        save: what the blocks keep for backward: "all" (128 values a pixel and block at the usual sizes) or "input" (64,
-            and the first convolution is computed once more in backward).
+        save: what the blocks and the tail keep for backward: "all" (128 values a pixel and block at the usual sizes) or "input" (64,
+            and the first convolution is computed once more in backward). Attributes: `save` of each block, `save_tail` here.
 
     Raises:
         ValueError: a scale or a size that does not exist, or a mean that does not fit the channels.
@@ -103,6 +105,7 @@ class RCAN(Freezable, Module):
             raise ValueError(f"RCAN: num_out_ch is {num_out_ch}; expected {num_in_ch} as the image's channels, with mean_shift")
         self.num_in_ch, self.num_out_ch, self.unshuffle, self.upscale = num_in_ch, num_out_ch, unshuffle, upscale
         self.num_feat, self.num_group, self.num_block, self.squeeze_factor = num_feat, num_group, num_block, squeeze_factor
+        self.save_tail: Save = save
         self.conv_first = Conv3x3(num_in_ch * unshuffle**2, num_feat, backend=backend)
         self.body = nn.Sequential(
             *(ResidualGroup(num_feat, num_block, squeeze_factor, res_scale, backend, save=save) for _ in range(num_group))
@@ -144,11 +147,16 @@ class RCAN(Freezable, Module):
         """Steps 4 and 5: features -> the (uncropped) result. A result pixel depends on the features at most two pixels away."""
         z = features
         del features  # so that the first step's input can go when the second runs
-        for conv in self.upsample.values():
-            z = conv(z)
         dtype = compute_dtype(z)
         weight, bias = self._last_convolution(dtype)
         scale = 1 / (self.img_range * self._feature_scale(dtype))
+        if needs_grad(self, z):
+            convs: list[Any] = list(self.upsample.values())
+            steps = [*(Step(pixel_shuffle=conv.pixel_shuffle) for conv in convs), Step(scale=scale)]
+            biases = [*(scaled(conv.bias, conv.float16_scale, dtype) for conv in convs), bias]
+            return tail(z, steps, [*(conv.weight for conv in convs), weight], biases, save=self.save_tail, backend=self.backend)
+        for conv in self.upsample.values():
+            z = conv(z)
         return ops.conv3x3(z, weight, bias, scale=scale, packed=self.packed, backend=self.backend)
 
     def _feature_scale(self, dtype: torch.dtype) -> float:

@@ -15,6 +15,7 @@ from fastsr.models.pictures import check_picture, unshuffled
 from fastsr.nn import RRDB, Conv3x3, Module, needs_grad
 from fastsr.nn.module import Save
 from fastsr.nn.rrdb import NEGATIVE_SLOPE
+from fastsr.nn.tail import Step, tail
 
 SCALES = (1, 2, 4, 8, 16)
 
@@ -56,7 +57,8 @@ class RRDBNet(Module):
             scale 2 and 1 have 1, with one x2 step and with none.
         plus: the dense blocks of ESRGAN+ (`fastsr.nn.ResidualDenseBlockPlus`).
         save: what the dense blocks keep for backward: "all" (192 values a pixel and block at the usual sizes) or "input"
-            (64, and the four growing convolutions are computed once more in backward).
+            (64, and the four growing convolutions are computed once more in backward); and whether the tail keeps all or its
+            input. Attributes: `save` of each dense block, `save_tail` here.
 
     Raises:
         ValueError: a scale or a size that does not exist.
@@ -89,6 +91,7 @@ class RRDBNet(Module):
         self.num_feat, self.num_block, self.num_grow_ch = num_feat, num_block, num_grow_ch
         self.unshuffle = UNSHUFFLE.get(scale, 1) if unshuffle is None else unshuffle
         self.plus, self.num_up = plus, (scale * self.unshuffle).bit_length() - 1
+        self.save_tail: Save = save
         self.conv_first = Conv3x3(num_in_ch * self.unshuffle**2, num_feat, backend=backend)
         self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch, backend, plus=plus, save=save) for _ in range(num_block)))
         self.conv_body = Conv3x3(num_feat, num_feat, backend=backend)
@@ -130,6 +133,11 @@ class RRDBNet(Module):
         """Steps 4 and 5: features -> the (uncropped) result. A result pixel depends on the features at most two pixels away."""
         z = features
         del features  # so that the first step's input can go when the second runs
+        if needs_grad(self, z):
+            convs = [*(getattr(self, f"conv_up{k}") for k in range(1, self.num_up + 1)), self.conv_hr, self.conv_last]
+            steps = [Step(upsample=2, negative_slope=NEGATIVE_SLOPE)] * self.num_up + [Step(negative_slope=NEGATIVE_SLOPE), Step()]
+            weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
+            return tail(z, steps, weights, biases, save=self.save_tail, backend=self.backend)
         for k in range(1, self.num_up + 1):
             z = getattr(self, f"conv_up{k}")(z, upsample=2, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
         z = self.conv_hr(z, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
