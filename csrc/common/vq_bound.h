@@ -44,17 +44,17 @@ struct Operand {
   double error;    // |x - x'|, max|e - e'|
 };
 
+// The part of B that does not depend on the scores; infinite or NaN where anything is.
+FASTSR_HOST_DEVICE inline double product_bound(int64_t depth, double accumulation, const Operand& x, const Operand& codes) {
+  return x.error * codes.rounded + x.norm * codes.error + accumulation * x.rounded * codes.rounded + static_cast<double>(depth) * 0x1p-149;
+}
+
 // 2 B in the units of the scores. `half_x` and `half_codes` are |x|^2 / 2 and max|e|^2 / 2 in those units, `least` is s'_1.
-// What is not finite gives infinity or NaN: then nothing is certain.
-FASTSR_HOST_DEVICE inline double twice_bound(int64_t depth, double accumulation, const Operand& x, const Operand& codes, double half_x,
-                                             double half_codes, double least) {
+FASTSR_HOST_DEVICE inline double twice_bound(int64_t depth, double products, double half_x, double half_codes, double least) {
   // For what is left out above: rounding of the norms and of B itself, |s'_k| in place of |s'_1|.
   constexpr double kSlack = 1.0 + 0x1p-10;
   const double size = least < 0 ? -least : least;
-  const double bound = x.error * codes.rounded + x.norm * codes.error + accumulation * x.rounded * codes.rounded +
-                       static_cast<double>(depth) * 0x1p-149 + kFloatUnit * (half_codes + size) +
-                       static_cast<double>(depth + 4) * kDoubleUnit * (half_x + size);
-  return 2.0 * kSlack * bound;
+  return 2.0 * kSlack * (products + kFloatUnit * (half_codes + size) + static_cast<double>(depth + 4) * kDoubleUnit * (half_x + size));
 }
 
 }  // namespace fastsr::vq

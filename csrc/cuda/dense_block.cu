@@ -2,7 +2,6 @@
 #include "cuda/dense_block.cuh"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <limits>
 #include <optional>
@@ -25,20 +24,6 @@ extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__
 namespace {
 
 using Biases = std::vector<std::optional<Tensor>>;
-
-// Memory from torch's allocator on the current stream: safe across streams and under graph capture. Freed when the operator
-// returns; the allocator hands it only to later work of the same stream.
-class Scratch {
- public:
-  explicit Scratch(const Tensor& like) : like_(like) {}
-  void* operator()(int64_t bytes) const {
-    return tensors_.emplace_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte)).mutable_data_ptr();
-  }
-
- private:
-  const Tensor& like_;
-  mutable std::vector<Tensor> tensors_;
-};
 
 int checked_int(int64_t value, const char* name) {
   STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "dense_block: ", name, " is ", value, "; expected less than 2^31");

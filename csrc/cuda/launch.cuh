@@ -1,14 +1,16 @@
-// Host side of every kernel launch: device guard, torch's current stream, launch limits and errors.
+// Host side of every kernel launch: device guard, torch's current stream, launch limits and errors, scratch memory.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 // In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -50,6 +52,20 @@ class Launcher {
 
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
+};
+
+// Memory from torch's allocator on the current stream: safe across streams and under graph capture. Freed when the operator
+// returns; the allocator hands it only to later work of the same stream.
+class Scratch {
+ public:
+  explicit Scratch(const torch::stable::Tensor& like) : like_(like) {}
+  void* operator()(int64_t bytes) const {
+    return tensors_.emplace_back(torch::stable::new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte)).mutable_data_ptr();
+  }
+
+ private:
+  const torch::stable::Tensor& like_;
+  mutable std::vector<torch::stable::Tensor> tensors_;
 };
 
 }  // namespace fastsr::cuda

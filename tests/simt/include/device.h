@@ -121,3 +121,9 @@ template <class T>
 T atomicAnd(T* p, std::type_identity_t<T> v) { return simt::atomic(p, [=](T old) { return static_cast<T>(old & v); }); }
 template <class T>
 T atomicOr(T* p, std::type_identity_t<T> v) { return simt::atomic(p, [=](T old) { return static_cast<T>(old | v); }); }
+
+// Never contracted with their surroundings into fused multiply-adds.
+__attribute__((noinline)) inline double __dmul_rn(double a, double b) { return a * b; }
+__attribute__((noinline)) inline double __dadd_rn(double a, double b) { return a + b; }
+inline long long __double_as_longlong(double v) { return std::bit_cast<long long>(v); }
+inline double __longlong_as_double(long long v) { return std::bit_cast<double>(v); }
