@@ -79,27 +79,38 @@ __device__ __forceinline__ double exact_norm(const ExactVector<T>& x, int depth,
   return norm == 0 ? 1.0 : norm;
 }
 
+template <class T, class Difference>
+__device__ __forceinline__ void add_squares(double (&lane)[kVqUnit], const ExactVector<T>& x, const ExactVector<T>& e, int d, int depth,
+                                            Difference difference) {
+  float v[kVqUnit], w[kVqUnit];
+  load_unit(v, x.values, x.stride, d, depth, x.vectors);
+  load_unit(w, e.values, e.stride, d, depth, e.vectors);
+#pragma unroll
+  for (int i = 0; i < kVqUnit; ++i) {
+    const double r = difference(v[i], w[i]);
+    lane[i] = __dadd_rn(lane[i], __dmul_rn(r, r));
+  }
+}
+
 template <class T>
 __device__ __forceinline__ double exact_distance(const ExactVector<T>& x, double x_norm, const ExactVector<T>& e, int depth, bool cosine) {
-  const double e_norm = exact_norm(e, depth, cosine);
   double lane[kVqUnit] = {};
-#pragma unroll 2
-  for (int d = 0; d < depth; d += kVqUnit) {
-    float v[kVqUnit], w[kVqUnit];
-    load_unit(v, x.values, x.stride, d, depth, x.vectors);
-    load_unit(w, e.values, e.stride, d, depth, e.vectors);
-#pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) {
-      const double difference = cosine ? v[i] / x_norm - w[i] / e_norm : static_cast<double>(v[i]) - w[i];
-      lane[i] = __dadd_rn(lane[i], __dmul_rn(difference, difference));
+  if (cosine) {
+    const double e_norm = exact_norm(e, depth, true);
+#pragma unroll 1  // divisions are long, and more of them at once spill
+    for (int d = 0; d < depth; d += kVqUnit) {
+      add_squares(lane, x, e, d, depth, [=](double v, double w) { return v / x_norm - w / e_norm; });
     }
+  } else {
+#pragma unroll 2
+    for (int d = 0; d < depth; d += kVqUnit) add_squares(lane, x, e, d, depth, [](double v, double w) { return v - w; });
   }
   return fold_lanes(lane);
 }
 
 // Rows of `first`, or of `second` where `first` holds more than `few`, are compared with every code.
 template <class T>
-__global__ void __launch_bounds__(kVqThreads) scan_rows(RowView<T> x, CodeView<T> codebook, bool cosine, RowList first, RowList second,
+__global__ void __launch_bounds__(kVqThreads, 2) scan_rows(RowView<T> x, CodeView<T> codebook, bool cosine, RowList first, RowList second,
                                                         int few, Answer answer) {
   __shared__ double distances[kVqThreads / 32];
   __shared__ int codes[kVqThreads / 32];

@@ -116,7 +116,7 @@ struct TensorProduct {
   static constexpr int depth = 64, slab_depth = 64;
   static constexpr int stages = 2, owners = 8, keep = 2, rows = 4;
   static constexpr int most_slabs = 4;
-  static constexpr int blocks(int) { return 2; }
+  static constexpr int blocks(int slabs) { return slabs ? 2 : 1; }
   static constexpr int slab_bytes = kVqSide * slab_depth * 2;
   static constexpr int blob_bytes = kVqSide * depth * 2 + kVqSide * 4;
   float sums[2][8][4];  // [16 rows][8 codes]

@@ -37,8 +37,13 @@ Metric = Literal["euclidean", "cosine"]
 
 backends.register(
     "vq_nearest",
-    compiled=("cpu",),
-    rules=(Rule("compiled", "no matrix of distances, float32 products with a certificate", "cpu", FUSED_DTYPES),),
+    compiled=("cpu", "cuda"),
+    triton=("cpu", "cuda"),
+    rules=(
+        Rule("compiled", "no matrix of distances, float32 products with a certificate", "cpu", FUSED_DTYPES),
+        Rule("compiled", "no matrix of distances, float16 tensor cores with a certificate; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "no matrix of distances, float32 and a certificate; for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
+    ),
 )
 
 
