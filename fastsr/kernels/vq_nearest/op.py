@@ -20,7 +20,6 @@ Source: van den Oord et al., "Neural Discrete Representation Learning", 2017, ar
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Literal
 
@@ -42,7 +41,7 @@ backends.register(
     rules=(
         Rule("compiled", "no matrix of distances, float32 products with a certificate", "cpu", FUSED_DTYPES),
         Rule("compiled", "no matrix of distances, float16 tensor cores with a certificate; not measured yet", "cuda", FUSED_DTYPES),
-        Rule("triton", "no matrix of distances, float32 and a certificate; for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "no distance matrix, float32 and a certificate; for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
     ),
 )
 
@@ -152,5 +151,7 @@ def search(
 
 def _kernels(run: str) -> ModuleType:
     if run == "triton":
-        return importlib.import_module("fastsr.kernels.vq_nearest.triton")  # late: Triton costs seconds and may be missing
+        from fastsr.kernels.vq_nearest import triton  # imported late: Triton costs seconds and may be missing
+
+        return triton
     return compiled

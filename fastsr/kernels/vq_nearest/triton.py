@@ -309,10 +309,10 @@ class Config(Schedule):
 #: family -> (block_n, block_k, largest block_d, num_warps, num_stages)
 #: With more rows or codes at once the float32 products spill, on one GPU or another.
 TILES = {"sm_80": (32, 64, 16, 8, 2), "sm_90": (32, 64, 16, 8, 2), "sm_100": (32, 64, 16, 8, 2), "gfx942": (32, 64, 32, 8, 1)}
-DECIDE_N = 16
-SCAN_K = 256
+DECIDE_N = 8
+SCAN_K = 128
 SCAN_PROGRAMS = 1024
-FLOAT64 = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}  # fused multiply-adds would change bits
+FLOAT64 = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}  # fused multiply-adds would change bits
 
 
 def config(gpu: str, d: int) -> Config:

@@ -12,10 +12,11 @@ from tests.vq_cases import DISTRIBUTIONS, Problem, problems
 
 #: Where few rows are scanned in full, which the interpreter does one by one, many take part.
 ORDINARY = ("gaussian", "kmeans", "uniform_init", "offset_10")
-SHAPES = ((100, 3), (1, 1), (33, 17), (512, 24), (2, 130), (65, 1), (16, 9), (256, 64), (7, 300))
+SHAPES = ((100, 3), (1, 1), (33, 17), (130, 24), (2, 40), (65, 1), (16, 9), (64, 64))
 SMALL = ((100, 3), (1, 1), (33, 17), (2, 40), (65, 1), (16, 9))
 MANY = [Problem(name, 2400, *SHAPES[i], seed=i) for i, name in enumerate(ORDINARY * 2)]
-FEW = [p for p in problems(1200, ALL_DTYPES, SMALL) if p.distribution not in ORDINARY or p.dtype != torch.float32]
+#: The interpreter turns denormal bfloat16 values into others.
+FEW = [p for p in problems(1000, ALL_DTYPES, SMALL) if (p.distribution, p.dtype) != ("denormals", torch.bfloat16)]
 
 
 def search(problem: Problem):  # type: ignore[no-untyped-def]
@@ -51,8 +52,8 @@ def test_counts_what_was_compared_in_float64():
     rescored = torch.zeros(2, dtype=torch.int64)
     vq_nearest(x, codes, rescored=rescored, backend="triton")
     assert rescored.tolist()[1] == 1
-    vq_nearest(x, torch.cat([codes, codes]), rescored=rescored, backend="triton")
-    assert rescored.tolist()[0] >= 39
+    vq_nearest(x, torch.cat([codes[:32], codes[:32]]), rescored=rescored, backend="triton")
+    assert rescored.tolist() == [39, 2]
 
 
 def test_fullgraph_compile():
