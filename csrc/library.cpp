@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(fastsr, m) {
   m.def("channel_attention_backward(Tensor grad, Tensor x, Tensor pooled, Tensor gates, Tensor? down_weight, Tensor? down_bias, Tensor up_weight, Tensor(a!)? dx, Tensor(b!)? ddown_weight, Tensor(c!)? ddown_bias, Tensor(d!)? dup_weight, Tensor(e!)? dup_bias, float res_scale, int gate, int activation) -> ()");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, float negative_slope, float scale, int upsample, int pixel_shuffle, Tensor? packed=None) -> ()");
   m.def("pack_weights(Tensor[] weights, Tensor?[] biases, int pixel_shuffle) -> Tensor");
-  m.def("dense_block(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, Tensor(a!) workspace, Tensor(b!) out, float negative_slope, float res_scale, float residual_scale, Tensor? packed=None) -> ()");
+  m.def("dense_block(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, Tensor(a!)? workspace, Tensor(b!) out, float negative_slope, float res_scale, float residual_scale, Tensor? packed=None) -> ()");
   m.def("dense_block_features(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor(a!) workspace, float negative_slope) -> ()");
   m.def("dense_block_backward(Tensor grad, Tensor workspace, Tensor[] weights, Tensor(a!) grad_workspace, Tensor(b!)? dx, Tensor(c!)[] dweights, Tensor(d!)[] dbiases, float negative_slope, float res_scale, float residual_scale) -> ()");
   m.def("vq_nearest(Tensor x, Tensor codebook, bool cosine, Tensor(a!) indices, Tensor(b!)? distances, Tensor(c!)? rescored) -> ()");

@@ -31,19 +31,19 @@ inline void check_pixel_major(const Tensor& t, const Tensor& like, int64_t chann
 }
 
 // `closed`: the last convolution returns to the number of features; its outputs are not part of the workspace.
-inline DenseBlockShape dense_block_shape(const Tensor& workspace, const std::vector<Tensor>& weights, int64_t features, bool closed) {
-  STD_TORCH_CHECK(workspace.dim() == 4, "dense_block: workspace has ", workspace.dim(), " dimensions; expected 4");
-  DenseBlockShape s{workspace.size(0), workspace.size(2), workspace.size(3), features, {}, {}};
+// `like`: x or the workspace.
+inline DenseBlockShape dense_block_shape(const Tensor& like, const std::vector<Tensor>& weights, int64_t features, bool closed) {
+  STD_TORCH_CHECK(like.dim() == 4, "dense_block: x has ", like.dim(), " dimensions; expected 4");
+  DenseBlockShape s{like.size(0), like.size(2), like.size(3), features, {}, {}};
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& w = weights[k];
-    STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == s.channels && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == workspace.scalar_type(),
-                    "dense_block: weight ", k, " does not fit; expected (outputs, ", s.channels, ", 3, 3) of the workspace's dtype");
+    STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == s.channels && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == like.scalar_type(),
+                    "dense_block: weight ", k, " does not fit; expected (outputs, ", s.channels, ", 3, 3) of x's dtype");
     s.begin.push_back(s.channels);
     s.outputs.push_back(w.size(0));
     if (!closed || k + 1 < weights.size()) s.channels += w.size(0);
   }
   STD_TORCH_CHECK(!closed || (!weights.empty() && s.outputs.back() == features), "dense_block: the last weight must have ", features, " outputs");
-  check_pixel_major(workspace, workspace, s.channels, "workspace");
   return s;
 }
 

@@ -51,6 +51,7 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
 
   RowJob common{};
   common.conv = &conv;
+  common.cold = true;
   common.out_pixel = a.out.w * r;
   common.epilogue.slope = a.negative_slope, common.epilogue.scale = a.scale;
   common.epilogue.skip_pixel = a.residual.w * r;

@@ -114,7 +114,7 @@ FASTSR_INLINE void fetch_some(const RowJob& job, const Block& block, int64_t dy,
   if (job.ahead && block.o == 0) {
     const char* p = static_cast<const char*>(job.ahead) + k * 64;
     const int64_t stop = block.begin + pixels * (dy + 1) / 3;
-    for (int64_t i = block.begin + pixels * dy / 3; i < stop; ++i) __builtin_prefetch(p + i * job.x_pixel * 2, 0, 2);
+    for (int64_t i = block.begin + pixels * dy / 3; i < stop; ++i) __builtin_prefetch(p + i * job.ahead_pixel * 2, 0, 2);
   }
   const char* out = static_cast<const char*>(job.out) + block.o * 2;
   for (int64_t i = from; i < from + share && i < block.end; ++i) __builtin_prefetch(out + i * job.out_pixel * 2, 1, 3);

@@ -1,6 +1,6 @@
 // The 3x3 convolution engine for AVX-512 (F, BW, VL, DQ).
 #if defined(__x86_64__)
-#define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define FASTSR_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw"
 #include "cpu/target.h"
 #include "cpu/conv_engine.h"
 

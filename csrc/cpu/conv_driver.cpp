@@ -171,7 +171,7 @@ RowInput::RowInput(const Kernel& kernel, const Layout& layout, int64_t rows, Buf
 void RowInput::forget() { std::fill(keys_, keys_ + kRows + 2, -1); }
 
 const char* RowInput::stored(int64_t n, int64_t y) const {
-  return static_cast<const char*>(in_.data) + (n * in_.n + y * in_.h) * type_bytes_;
+  return static_cast<const char*>(in_.data) + (n * in_.n + y % in_.rows * in_.h) * type_bytes_;
 }
 
 void RowInput::convert(char* to, const char* from, int64_t n) const {
@@ -197,19 +197,25 @@ void RowInput::convert(char* to, const char* from, int64_t n) const {
   }
 }
 
-void RowInput::copy_edges(char* to, const char* from) const {
+void RowInput::copy_edges(char* to, const char* from, bool left, bool right) const {
   const int64_t stride = in_.w * type_bytes_, pixel = in_.channels * type_bytes_;
-  char* right = to + kEdge * stride;
-  std::memset(to, 0, pixel);
-  kernel_.gather(from, stride, to + stride, pixel, kEdge - 1);
-  kernel_.gather(from + (width_ + 1 - kEdge) * stride, stride, right, pixel, kEdge - 1);
-  std::memset(right + (kEdge - 1) * stride, 0, pixel);
+  if (left) {
+    std::memset(to, 0, pixel);
+    kernel_.gather(from, stride, to + stride, pixel, kEdge - 1);
+  }
+  if (right) {
+    to += kEdge * stride;
+    kernel_.gather(from + (width_ + 1 - kEdge) * stride, stride, to, pixel, kEdge - 1);
+    std::memset(to + (kEdge - 1) * stride, 0, pixel);
+  }
 }
 
 void RowInput::set(RowJob& job, int64_t n, int64_t y) {
   job.width = width_;
   job.x_pixel = converted_ ? padded_ : in_.w;
   job.ahead = converted_ || y + 2 >= in_.height ? nullptr : stored(n, y + 2);
+  job.ahead_pixel = in_.w;
+  const bool left = edges_ && job.begin == 0, right = edges_ && job.end == width_;
   for (int dy = 0; dy < 3; ++dy) {
     const int64_t row = y + dy - 1;
     job.x[dy] = job.left[dy] = job.right[dy] = nullptr;
@@ -218,13 +224,14 @@ void RowInput::set(RowJob& job, int64_t n, int64_t y) {
     const char* from = stored(n, source);
     const int64_t at = source % slot_count_;
     char* slot = slots_[at];
-    if (slot && keys_[at] != key) {
-      converted_ ? convert(slot, from, n) : copy_edges(slot, from);
+    if ((converted_ || left || right) && keys_[at] != key) {
+      converted_ ? convert(slot, from, n) : copy_edges(slot, from, left, right);
       keys_[at] = key;
     }
     const int64_t border = kernel_.gather ? padded_ * operand_bytes_ : 0;
     job.x[dy] = converted_ ? slot + border : from;
-    if (edges_) job.left[dy] = slot, job.right[dy] = slot + kEdge * in_.w * operand_bytes_;
+    if (left) job.left[dy] = slot;
+    if (right) job.right[dy] = slot + kEdge * in_.w * operand_bytes_;
   }
 }
 

@@ -65,6 +65,7 @@ class RowInput {
     int64_t n, h, w;  // strides in elements
     int64_t channels, height, width;  // of the stored picture
     int upsample;
+    int64_t rows = INT64_MAX;  // held at a time: row y lies where y % rows says
     // Where they are not null: the values are read as scale[image][channel] * v + shift[image][channel], zero outside the picture.
     const float *scale = nullptr, *shift = nullptr;
   };
@@ -72,8 +73,12 @@ class RowInput {
   // `rows`: how many consecutive rows are asked for before the kernel runs.
   RowInput(const Kernel& kernel, const Layout& layout, int64_t rows, Buffer& buffer);
 
-  // Set the input fields of `job` for row y of image n of the (upsampled) picture.
+  // Set the input fields of `job` for row y of image n of the (upsampled) picture. Its begin and end are read, and are the same from call
+  // to call.
   void set(RowJob& job, int64_t n, int64_t y);
+
+  // True if rows are read where they lie, so that a part of one is enough for a job on fewer columns.
+  bool in_place() const { return !converted_; }
 
   // Forget converted rows, after the input's values have changed.
   void forget();
@@ -81,7 +86,7 @@ class RowInput {
  private:
   const char* stored(int64_t n, int64_t y) const;
   void convert(char* to, const char* from, int64_t n) const;
-  void copy_edges(char* to, const char* from) const;
+  void copy_edges(char* to, const char* from, bool left, bool right) const;
 
   const Kernel& kernel_;
   Layout in_;

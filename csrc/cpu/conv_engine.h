@@ -50,7 +50,10 @@ struct RowJob {
   // zeros included; null if the row itself may be read from column -1 to max(width, kEdge).
   const void* left[3];
   const void* right[3];
-  const void* ahead;  // column 0 of the row that the next job will touch first, to be fetched into the cache; or null
+  // Column 0 of a row of which `begin` to `end`, as many channels as the input has, are fetched into the cache meanwhile; or null.
+  const void* ahead;
+  int64_t ahead_pixel;
+  bool cold;  // what the epilogue reads and writes lies in no cache: fetch it, too
   int64_t width;      // of the row: columns -1 and `width` are zero
   int64_t begin, end;
   const PackedConv* conv;

@@ -43,6 +43,13 @@ struct TileInput {
   const char* weights;
   const char* zeros;
   bool left, right;  // the tile holds the row's first, last pixel
+  // Memory to be asked for meanwhile, some of its pixels before each part of the sum: of all at once, the loads of weights would wait.
+  struct Fetch {
+    const char* first;
+    int64_t pixel, bytes;
+    bool write;
+  } fetches[5];
+  int fetch_count;
 };
 
 // The address of pixel i of a run of at most six, with few enough registers that none is spilled.
@@ -57,6 +64,12 @@ FASTSR_INLINE const char* pixel_at(const char* p, int i, int64_t s, int64_t s3, 
   }
 }
 
+FASTSR_INLINE void fetch(const TileInput::Fetch& f, int64_t from, int64_t to) {
+  for (const char *p = f.first + from * f.pixel, *end = f.first + to * f.pixel; p != end; p += f.pixel) {
+    for (int64_t b = 0; b < f.bytes; b += 64) f.write ? __builtin_prefetch(p + b, 1, 3) : __builtin_prefetch(p + b, 0, 2);
+  }
+}
+
 template <class Op, int P, int V>
 static __attribute__((noinline)) void tile(const TileInput& in, float* sums) {
   constexpr int64_t kVector = LANES * 4;
@@ -65,6 +78,7 @@ static __attribute__((noinline)) void tile(const TileInput& in, float* sums) {
   bool begun = false;
   for (int64_t part = 0; part < 3 * chunks; ++part) {
     const int64_t dy = part / chunks, begin = in.steps * (part % chunks) / chunks, end = in.steps * (part % chunks + 1) / chunks;
+    for (int i = 0; i < in.fetch_count; ++i) fetch(in.fetches[i], P * part / (3 * chunks), P * (part + 1) / (3 * chunks));
     if (!in.row[dy]) continue;
     Vector sum[P][V];
 #pragma GCC unroll 16
@@ -203,13 +217,21 @@ FASTSR_INLINE void run_tile(int pixels, const TileInput& in, float* sums) {
   kTiles[pixels - 1](in, sums);
 }
 
-// Ask for the pixels [column, column + pixels) of the next row: 64 channels in 192 are too scattered for the hardware to foresee.
-FASTSR_INLINE void fetch_ahead(const RowJob& job, int64_t column, int64_t pixels, int64_t pixel_stride, int64_t pixel_bytes) {
-  if (!job.ahead) return;
-  const char* p = static_cast<const char*>(job.ahead) + column * pixel_stride;
-  for (int64_t i = 0; i < pixels; ++i, p += pixel_stride) {
-    for (int64_t b = 0; b < pixel_bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
-  }
+template <class T>
+FASTSR_INLINE void add_fetch(TileInput& in, const void* row, int64_t pixel, int64_t offset, int64_t channels, bool write) {
+  constexpr int64_t kSize = sizeof(T);
+  if (row) in.fetches[in.fetch_count++] = {static_cast<const char*>(row) + offset * kSize, pixel * kSize, channels * kSize, write};
+}
+
+// What the epilogue will read and write of the channels from `o` on.
+template <class T>
+FASTSR_INLINE void add_epilogue_fetches(TileInput& in, const RowJob& job, int64_t column, int64_t o, int64_t channels) {
+  const Epilogue& e = job.epilogue;
+  if (!job.cold || e.out_lanes || e.skip_lanes) return;
+  add_fetch<T>(in, job.out, job.out_pixel, column * job.out_pixel + o, channels, true);
+  add_fetch<T>(in, e.skip, e.skip_pixel, column * e.skip_pixel + o, channels, false);
+  add_fetch<T>(in, e.skip2, e.skip2_pixel, column * e.skip2_pixel + o, channels, false);
+  add_fetch<T>(in, e.mask, e.mask_pixel, column * e.mask_pixel + o, channels, false);
 }
 
 template <class Op, class T>
@@ -230,7 +252,9 @@ FASTSR_INLINE void row(const RowJob& job) {
     for (int64_t t = 0; t < tiles; ++t) {
       const int pixels = narrow + (t < wide);
       for (int dy = 0; dy < 3; ++dy) in.row[dy] = job.x[dy] ? static_cast<const char*>(job.x[dy]) + column * in.pixel : nullptr;
-      if (o == 0) fetch_ahead(job, column, pixels, in.pixel, in.steps * 4);
+      in.fetch_count = 0;
+      if (o == 0) add_fetch<T>(in, job.ahead, job.ahead_pixel, column * job.ahead_pixel, job.conv->cin, false);
+      add_epilogue_fetches<T>(in, job, column, o, vectors * LANES);
       in.left = column == 0, in.right = column + pixels == job.width;
       vectors == 1 ? run_tile<Op, 1>(pixels, in, sums) : run_tile<Op, VECTORS>(pixels, in, sums);
       finish<T>(job, sums, vectors * LANES, column, pixels, o);

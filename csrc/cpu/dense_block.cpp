@@ -4,10 +4,7 @@
 //                       --------> stage 0                writes the block's output. The backward's chain runs over
 //                       -------------> stage 1 ...       [ g5 | g4 | g3 | g2 | g1 ] in the same way.
 //
-// The chain is walked as a wavefront: stage k does row r - k when stage 0 does row r (a few rows at a time where they are
-// narrow), so a row is read again while it is still in L2. Each thread has a strip of rows and computes the few rows that
-// its stages need beyond it once more (K - 1 - k rows on each side for stage k): no thread waits for another, and a value does
-// not depend on who computes it.
+// The chain is walked as a wavefront (chain.cpp). Without a workspace only the rows that are still read exist.
 //
 // Moves      per pixel and block of 64 features and 4 x 32 growths: 64 values in, 192 + 64 out
 // Limit      the FMA units (or tiles): 479,232 FLOP per pixel against 1.3 KB in float32
@@ -19,6 +16,7 @@
 #include <vector>
 
 #include "common/dense_block_args.h"
+#include "cpu/chain.h"
 #include "cpu/conv_driver.h"
 #include "cpu/frozen.h"
 #include "cpu/plane.h"
@@ -27,73 +25,9 @@
 namespace fastsr::cpu {
 namespace {
 
-struct Stage {
-  PackedConv conv;
-  int64_t inputs;  // channels of the chain's buffer that are read
-  Plane out, mask, skip, skip2;
-  float slope = 1.f, scale = 1.f, scale2 = 1.f;
-};
-
-struct Chain {
-  const Kernel& kernel;
-  Element type;
-  int64_t batch, height, width;
-  Plane buffer;  // the workspace that every stage reads a prefix of
-  std::vector<Stage> stages;
-  int64_t size() const { return type == Element::f32 ? 4 : 2; }
-};
-
-// Rows [lo, hi) of image n through all stages, `together` rows at a time.
-void walk_strip(const Chain& chain, std::vector<RowInput>& inputs, int64_t n, int64_t lo, int64_t hi, int64_t together) {
-  const int64_t last = static_cast<int64_t>(chain.stages.size()) - 1, size = chain.size();
-  for (int64_t r = std::max<int64_t>(0, lo - last); r < hi + last; r += together) {
-    for (int64_t k = 0; k <= last; ++k) {
-      const int64_t beyond = last - k, from = std::max({r - k, lo - beyond, int64_t{0}});
-      const int64_t to = std::min({r - k + together, hi + beyond, chain.height});
-      const Stage& s = chain.stages[k];
-      RowJob jobs[kRows];
-      for (int64_t y = from; y < to; ++y) {
-        RowJob& job = jobs[y - from] = {};
-        inputs[k].set(job, n, y);
-        if (k > 0) job.ahead = nullptr;  // the stages before are yet to write it
-        job.begin = 0, job.end = chain.width;
-        job.conv = &s.conv;
-        job.out = s.out.row(n, y, size), job.out_pixel = s.out.w;
-        Epilogue& e = job.epilogue;
-        e.slope = s.slope, e.scale = s.scale, e.scale2 = s.scale2;
-        e.mask = s.mask.row(n, y, size), e.mask_pixel = s.mask.w;
-        e.skip = s.skip.row(n, y, size), e.skip_pixel = s.skip.w;
-        e.skip2 = s.skip2.row(n, y, size), e.skip2_pixel = s.skip2.w;
-      }
-      if (from < to) chain.kernel.rows[static_cast<int>(chain.type)](jobs, to - from);
-    }
-  }
-}
-
-void walk(const Chain& chain) {
-  const int64_t rows = chain.batch * chain.height, strips = std::min<int64_t>(rows, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<Buffer> buffers;
-    if (buffers.size() < chain.stages.size()) buffers.resize(chain.stages.size());
-    const int64_t together = rows_at_a_time(chain.width);
-    std::vector<RowInput> inputs;
-    for (size_t k = 0; k < chain.stages.size(); ++k) {
-      const RowInput::Layout layout{chain.buffer.data, chain.type, chain.buffer.n, chain.buffer.h, chain.buffer.w,
-                                    chain.stages[k].inputs, chain.height, chain.width, 1};
-      inputs.emplace_back(chain.kernel, layout, together, buffers[k]);
-    }
-    for (int64_t row = rows * begin / strips, stop = rows * end / strips; row < stop;) {
-      const int64_t n = row / chain.height, lo = row % chain.height, hi = std::min(chain.height, lo + stop - row);
-      for (RowInput& input : inputs) input.forget();
-      walk_strip(chain, inputs, n, lo, hi, together);
-      row += hi - lo;
-    }
-  });
-}
-
-Chain new_chain(const DenseBlockShape& s, const Tensor& buffer) {
-  const Element type = element_of(buffer.scalar_type(), "dense_block");
-  return {choose_kernel(type), type, s.batch, s.height, s.width, Plane(buffer), {}};
+Chain new_chain(const DenseBlockShape& s, const Tensor& x, const Plane& buffer) {
+  const Element type = element_of(x.scalar_type(), "dense_block");
+  return {choose_kernel(type), type, s.batch, s.height, s.width, s.channels, buffer, Plane(x), {}};
 }
 
 // The first stages: workspace slices with LeakyReLU. `closed`: the caller sets where the last one goes.
@@ -106,7 +40,6 @@ void pack_forward(Chain& chain, const DenseBlockShape& s, const std::vector<Tens
     Stage stage;
     stage.conv = convs.take(weights[k], biases[k]);
     stage.inputs = s.begin[k];
-    stage.out = chain.buffer.from_channel(s.begin[k], chain.size());
     stage.slope = static_cast<float>(negative_slope);
     chain.stages.push_back(stage);
   }
@@ -127,20 +60,21 @@ void fill_prefix(const Tensor& x, const Plane& to, int64_t channels, Element typ
 }
 
 void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
-                 Tensor workspace, Tensor out, double negative_slope, double res_scale, double residual_scale, std::optional<Tensor> packed) {
-  const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
-  check_pixel_major(x, workspace, x.size(1), "x");
-  check_pixel_major(out, workspace, x.size(1), "out");
-  if (residual) check_pixel_major(*residual, workspace, x.size(1), "residual");
-  check_biases(biases, s, workspace);
+                 std::optional<Tensor> workspace, Tensor out, double negative_slope, double res_scale, double residual_scale, std::optional<Tensor> packed) {
+  const DenseBlockShape s = dense_block_shape(x, weights, x.size(1), true);
+  check_pixel_major(x, x, x.size(1), "x");
+  if (workspace) check_pixel_major(*workspace, x, s.channels, "workspace");
+  check_pixel_major(out, x, x.size(1), "out");
+  if (residual) check_pixel_major(*residual, x, x.size(1), "residual");
+  check_biases(biases, s, x);
   if (out.numel() == 0) return;
-  Chain chain = new_chain(s, workspace);
-  fill_prefix(x, chain.buffer, x.size(1), chain.type);
+  Chain chain = new_chain(s, x, workspace ? Plane(*workspace) : Plane());
+  if (workspace) fill_prefix(x, chain.buffer, x.size(1), chain.type);
   pack_forward(chain, s, weights, biases, negative_slope, packed);
   Stage& last = chain.stages.back();
   last.slope = 1.f;
   last.scale = static_cast<float>(res_scale);
-  last.skip = chain.buffer;
+  last.skip_input = true;
   last.out = Plane(out);
   if (residual) last.skip2 = Plane(*residual), last.scale2 = static_cast<float>(residual_scale);
   walk(chain);
@@ -148,10 +82,11 @@ void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optiona
 
 void dense_block_features(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, Tensor workspace, double negative_slope) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
+  check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
   check_biases(biases, s, workspace);
   if (workspace.numel() == 0) return;
-  Chain chain = new_chain(s, workspace);
+  Chain chain = new_chain(s, x, Plane(workspace));
   fill_prefix(x, chain.buffer, x.size(1), chain.type);
   pack_forward(chain, s, weights, biases, negative_slope);
   if (!chain.stages.empty()) walk(chain);
@@ -184,7 +119,6 @@ void pack_backward(Chain& chain, const DenseBlockShape& s, const std::vector<Ten
     pack_bias(chain.kernel, stage.conv, nullptr, chain.type, 0);
     stage.inputs = sizes[j].second;
     if (source >= 0) {
-      stage.out = chain.buffer.from_channel(prefix[j + 1], chain.size());
       stage.mask = Plane(workspace).from_channel(first, chain.size());
       stage.slope = static_cast<float>(negative_slope);
     }
@@ -212,13 +146,14 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
                           std::vector<Tensor> dweights, std::vector<Tensor> dbiases, double negative_slope, double res_scale,
                           double residual_scale) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, grad.size(1), true);
+  check_pixel_major(workspace, grad, s.channels, "workspace");
   check_pixel_major(grad, workspace, grad.size(1), "grad");
   check_pixel_major(grad_workspace, workspace, s.channels, "grad_workspace");
   if (dx) check_pixel_major(*dx, workspace, grad.size(1), "dx");
   STD_TORCH_CHECK(dweights.size() == dbiases.size() && (dweights.empty() || dweights.size() == weights.size()),
                   "dense_block: ", dweights.size(), " and ", dbiases.size(), " gradients for ", weights.size(), " weights");
   if (workspace.numel() == 0) return;
-  Chain chain = new_chain(s, grad_workspace);
+  Chain chain = new_chain(s, grad, Plane(grad_workspace));
   const float scale = static_cast<float>(residual_scale), factor = static_cast<float>(res_scale);
   switch (chain.type) {
     case Element::f32: fill_scaled<float>(grad, chain.buffer, factor); break;

@@ -74,10 +74,13 @@ void with_type(ScalarType dtype, Run run) {
   }
 }
 
-void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, Tensor workspace, Tensor out,
-                 double negative_slope, double res_scale, double residual_scale,
+void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, std::optional<Tensor> given,
+                 Tensor out, double negative_slope, double res_scale, double residual_scale,
                  std::optional<Tensor> /* packed: only the CPU has frozen weights */) {
+  STD_TORCH_CHECK(given.has_value(), "dense_block: no workspace; expected one on a GPU");
+  Tensor workspace = *given;
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
+  check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
   check_pixel_major(out, workspace, x.size(1), "out");
   if (residual) check_pixel_major(*residual, workspace, x.size(1), "residual");
@@ -95,6 +98,7 @@ void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::opti
 
 void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, Tensor workspace, double negative_slope) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
+  check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
   check_biases(biases, s, workspace);
   if (workspace.numel() == 0) return;
@@ -110,6 +114,7 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
                           std::vector<Tensor> dweights, std::vector<Tensor> dbiases, double negative_slope, double res_scale,
                           double residual_scale) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, grad.size(1), true);
+  check_pixel_major(workspace, grad, s.channels, "workspace");
   check_pixel_major(grad, workspace, grad.size(1), "grad");
   check_pixel_major(grad_workspace, workspace, s.channels, "grad_workspace");
   if (dx) check_pixel_major(*dx, workspace, grad.size(1), "dx");

@@ -42,7 +42,7 @@ class RRDBNet(Module):
     edge where the image is too small for that); the result is cropped. 8 and 16 are this package's continuation, which
     BasicSR does not have: a third and a fourth x2 step with the convolutions `conv_up3` and `conv_up4`.
 
-    Without gradients the trunk runs in two workspaces and two further buffers, whatever the number of blocks; they
+    Without gradients the trunk runs in four buffers, whatever the number of blocks (`fastsr.nn.RRDB.scratch`); they
     live for one call, and the returned tensor shares memory with nothing.
 
     Args:
@@ -121,13 +121,13 @@ class RRDBNet(Module):
         f = self.conv_first(x)
         if needs_grad(self, x):
             return self.conv_body(self.body(f), residual=f)
-        front, back, skip = self.body[0].scratch(f)  # type: ignore[operator]
+        front, back, spare = self.body[0].scratch(f)  # type: ignore[operator]
         front[:, : self.num_feat] = f
         for done, block in enumerate(self.body, 1):
-            front, back = block.run_in(front, back, skip)  # type: ignore[operator]
+            front, back = block.run_in(front, back, spare)  # type: ignore[operator]
             if progress is not None:
                 progress(done / self.num_block)
-        return self.conv_body(front[:, : self.num_feat], residual=f, out=skip)
+        return self.conv_body(front[:, : self.num_feat], residual=f, out=spare)
 
     def tail(self, features: Tensor) -> Tensor:
         """Steps 4 and 5: features -> the (uncropped) result. A result pixel depends on the features at most two pixels away."""
@@ -156,7 +156,7 @@ class RRDBNet(Module):
     @property
     def trunk_values(self) -> int:
         """Values for each feature pixel that `features` holds at its peak."""
-        return 2 * (self.num_feat + 4 * self.num_grow_ch) + 2 * self.num_feat
+        return 2 * self.body[0].rdb1.buffer_channels(self.conv_first.weight) + 2 * self.num_feat  # type: ignore[operator, union-attr]
 
     @property
     def tail_values(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsr import ops
+from fastsr import backends, ops
 from fastsr.backends import Backend
 from fastsr.nn.freezing import Freezable
 from fastsr.nn.module import Conv3x3, Module, Save, empty_buffer, needs_grad
@@ -59,6 +59,12 @@ class ResidualDenseBlock(Freezable, Module):
         """Channels of the workspace: x and the four outputs that grow from it."""
         return self.num_feat + 4 * self.num_grow_ch
 
+    def buffer_channels(self, x: Tensor) -> int:
+        """Channels of the buffers that `run_in` works in for inputs like `x`: those of x itself where the operator needs no
+        workspace (compiled, on a CPU), else `workspace_channels`."""
+        whole = x.device.type != "cpu" or backends.choose("dense_block", self.backend, x).backend == "triton"
+        return self.workspace_channels if whole else self.num_feat
+
     @property
     def _convs(self) -> tuple[Conv3x3, ...]:
         return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5
@@ -71,17 +77,18 @@ class ResidualDenseBlock(Freezable, Module):
         return self._dense_block(x, skip, save=self.save)
 
     def run_in(self, workspace: Tensor, out: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """Inference in a workspace whose first `num_feat` channels hold x; the other channels are overwritten.
+        """Inference in a buffer whose first `num_feat` channels hold x; the other channels are overwritten.
 
         Args:
-            workspace: (N, workspace_channels, H, W), channels-last.
+            workspace: (N, buffer_channels(x) or workspace_channels, H, W), channels-last.
             out: where y goes: (N, num_feat, H, W), channels-last or a channel slice of such a tensor; None for a fresh tensor.
             skip: the input of the RRDB that this block ends: the result is then 0.2 * y + skip.
 
         Returns:
             `out`, or the fresh tensor.
         """
-        return self._dense_block(workspace[:, : self.num_feat], skip, workspace=workspace, out=out)
+        whole = workspace if workspace.shape[1] > self.num_feat else None
+        return self._dense_block(workspace[:, : self.num_feat], skip, workspace=whole, out=out)
 
     def _dense_block(self, x: Tensor, skip: Tensor | None, **options: Any) -> Tensor:
         weights, biases = [conv.weight for conv in self._convs], [conv.bias for conv in self._convs]
@@ -117,6 +124,9 @@ class ResidualDenseBlockPlus(ResidualDenseBlock):
 
     def parts_packed_here(self) -> Iterable[nn.Module]:
         return ()
+
+    def buffer_channels(self, x: Tensor) -> int:
+        return self.workspace_channels
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if not needs_grad(self, x, skip):
@@ -163,25 +173,29 @@ class RRDB(Module):
         """(N, num_feat, H, W) -> the same shape, channels-last, in x's dtype (autocast's under autocast)."""
         if needs_grad(self, x):
             return self.rdb3(self.rdb2(self.rdb1(x)), x)
-        front, back, skip = self.scratch(x)
+        front, back, spare = self.scratch(x)
         front[:, : self.num_feat] = x
-        front, _ = self.run_in(front, back, skip)
+        front, _ = self.run_in(front, back, spare)
         return front[:, : self.num_feat].clone(memory_format=torch.channels_last)
 
     def scratch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Two workspaces and a skip for pictures like `x`; a chain of RRDBs needs no more, however long."""
-        channels = self.rdb1.workspace_channels
+        """Two buffers to work in and a spare one for pictures like `x`; a chain of RRDBs needs no more, however long."""
+        channels = self.rdb1.buffer_channels(x)
         return empty_buffer(x, channels), empty_buffer(x, channels), empty_buffer(x, self.num_feat)
 
-    def run_in(self, front: Tensor, back: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    def run_in(self, front: Tensor, back: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Inference in `scratch`; the first `num_feat` channels of `front` hold x, those of the first result hold y.
 
         Returns:
-            The two workspaces, the one that holds y first: the `front` and `back` of the next RRDB.
+            The two buffers, the one that holds y first: the `front` and `back` of the next RRDB.
         """
         feat = self.num_feat
-        skip.copy_(front[:, :feat])
         self.rdb1.run_in(front, out=back[:, :feat])
+        if front.shape[1] == feat:  # no workspaces: x stays where it is
+            self.rdb2.run_in(back, out=spare)
+            self.rdb3.run_in(spare, out=back, skip=front)
+            return back, front
+        spare.copy_(front[:, :feat])
         self.rdb2.run_in(back, out=front[:, :feat])
-        self.rdb3.run_in(front, out=back[:, :feat], skip=skip)
+        self.rdb3.run_in(front, out=back[:, :feat], skip=spare)
         return back, front

@@ -12,7 +12,7 @@ from fastsr import _native
 
 def forward_into(
     out: Tensor,
-    workspace: Tensor,
+    workspace: Tensor | None,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -24,7 +24,8 @@ def forward_into(
 ) -> None:
     """Fill `workspace` with [x | a1 | a2 | ...] and `out` with the block's output; all pixel-major.
 
-    Nothing is copied where x already is the workspace's channel prefix."""
+    Nothing is copied where x already is the workspace's channel prefix. On a CPU there need be no workspace: then each thread keeps
+    only the rows that are still read."""
     torch.ops.fastsr.dense_block(x, weights, biases, residual, workspace, out, negative_slope, res_scale, residual_scale, packed)
 
 
