@@ -20,8 +20,13 @@
 //   v1 one tap at a time, 14 x 2 accumulators              95% / 64 channels: 78%, 192 channels: 84%; 55% at 8 channels
 //   v2 three taps at a time (this file)                    95% / 87%, 90%; 59%
 //   v3 as v2, branch-free epilogue, no zeroing of sums     95% / 87%, 88-94%; 77%
-//   the whole operator on cold pictures, one thread        90% / 70-75% at 64 channels, 79-83% at 192 (5% less without fetch_ahead);
+//   the whole operator on cold pictures, one thread        90% / 70-75% at 64 channels, 79-83% at 192 (5% less without prefetch);
 //                                        two threads       90% / 76-82%, 80-84%; eager channels-last of torch 2.13 beside them 70-81%
+//   v4 outputs and skips fetched too, between the parts    store misses: a lone store that misses costs 15 ns beside FMAs, one that
+//                                                          was fetched 2-3 ns  +4% / +3-8% at 160 of 192 channels, 0-6% at 64
+//   one part of all tiles of 4 or 8 before the next part   weights from L1 / 0.98-1.03 of v3: weights from L2 cost nothing: dropped
+//   fetches at every 16th step, not between the parts      smoother / 2-3% less when all is in L2: dropped
+// Measured with variants in turn in one process on a shared machine, whose L3 latency changed between 49 and 144 ns.
 
 // What a step takes: one input channel in float32, or two in bfloat16. Both are four bytes.
 struct Floats {

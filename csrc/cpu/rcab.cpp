@@ -192,13 +192,33 @@ struct Attention {
   std::vector<float> tape;
 };
 
+// The products a[i] * b[i] from `begin` on, summed in float64: the terms cancel, and in float32 the sum would be worse than eager's.
+template <class T>
+double dot_of(const void* a, const float* b, int64_t begin, int64_t length) {
+  constexpr int kSums = 8;
+  const T* p = static_cast<const T*>(a) + begin;
+  const float* q = b + begin;
+  double sums[kSums] = {};
+  for (int64_t i = 0; i < length; ++i) sums[i % kSums] += static_cast<double>(static_cast<float>(p[i])) * q[i];
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+double dot(Element type, const void* a, const float* b, int64_t begin, int64_t length) {
+  switch (type) {
+    case Element::f32: return dot_of<float>(a, b, begin, length);
+    case Element::bf16: return dot_of<torch::headeronly::BFloat16>(a, b, begin, length);
+    default: return dot_of<torch::headeronly::Half>(a, b, begin, length);
+  }
+}
+
 // Steps 6, 7 and 9: the gate's backward from the weight gradients of single images, and with them dweight2 and dbias2.
 void attention_backward(const Block& b, Attention& a, const GateWeights& gate, const Tensor& grad, const Tensor& hidden, const Tensor& weight2,
                         const std::optional<Tensor>& bias2, float res_scale) {
   const auto [batch, features, channels, height, width] = b.shape;
   const int64_t length = 9 * channels, size = b.size();
   const int64_t together = std::min(batch, std::max<int64_t>(2 * torch::stable::get_num_threads(), kGradients / (features * length * 4)));
-  const auto dots = choose_channel_kernel().dots[static_cast<int>(b.type)];
   const std::vector<float> biases = floats_of(b, bias2, features);
   const GateTape tape(gate, batch, a.tape.data());
   Tensor memory = torch::stable::new_empty(grad, {together, features, length + 1}, ScalarType::Float);
@@ -217,8 +237,10 @@ void attention_backward(const Block& b, Attention& a, const GateWeights& gate, c
     for (int64_t i = 0; i < count; ++i) {
       const float* of_image = all + i * features * length;
       float *scales = a.scales + (n + i) * features, *shifts = a.shifts + (n + i) * features;
-      dots(weight2.const_data_ptr(), of_image, length, features, length, ds.data());
-      for (int64_t c = 0; c < features; ++c) ds[c] = res_scale * (ds[c] + biases[c] * sums[i * features + c]);
+      for (int64_t c = 0; c < features; ++c) {
+        const double product = dot(b.type, weight2.const_data_ptr(), of_image, c * length, length);
+        ds[c] = static_cast<float>(res_scale * (product + static_cast<double>(biases[c]) * sums[i * features + c]));
+      }
       const float* s = a.s + (n + i) * features;
       gate_backward(gate, tape, n + i, a.pooled + (n + i) * features, s, ds.data(), dpooled.data());
       for (int64_t c = 0; c < features; ++c) scales[c] = res_scale * s[c], shifts[c] = dpooled[c] / static_cast<float>(b.shape.pixels());

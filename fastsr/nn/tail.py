@@ -41,8 +41,8 @@ class Step:
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
         return ops.conv3x3(
-            x, weight, bias, activation="none" if self.negative_slope == 1.0 else "leaky_relu", negative_slope=self.negative_slope, scale=self.scale,
-            upsample=self.upsample, pixel_shuffle=self.pixel_shuffle, backend=backend,
+            x, weight, bias, activation="none" if self.negative_slope == 1.0 else "leaky_relu",
+            negative_slope=self.negative_slope, scale=self.scale, upsample=self.upsample, pixel_shuffle=self.pixel_shuffle, backend=backend,
         )  # fmt: skip
 
 

@@ -151,6 +151,29 @@ def test_no_bit_depends_on_the_thread_count(dtype, runner):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.isa], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, (2, 7, 131)), (torch.bfloat16, (1, 6, 257))], ids=str)
+def test_no_bit_depends_on_the_segments_or_on_the_workspace(dtype, size, runner):
+    """A wide picture is walked in segments of columns, without a workspace in rows that are kept: the same bits as of a part of it."""
+    x, weights, biases = esrgan_block(dtype, size)
+    n, _, h, w = x.shape
+    workspace = torch.full((n, weights[-1].shape[1], h, w), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    part = slice(w // 2 - 20, w // 2 + 20)
+    results, threads = [], torch.get_num_threads()
+    with runner.active() as backend, torch.no_grad():
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            try:
+                results.append(ops.dense_block(x, weights, biases, residual=x, residual_scale=0.3, backend=backend))
+                results.append(ops.dense_block(x, weights, biases, residual=x, residual_scale=0.3, workspace=workspace, backend=backend))
+            finally:
+                torch.set_num_threads(threads)
+        alone = ops.dense_block(x[..., part], weights, biases, residual=x[..., part], residual_scale=0.3, backend=backend)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    reach = len(weights)  # columns from a border that see the zeros beyond it
+    assert torch.equal(results[0][..., part][..., reach:-reach], alone[..., reach:-reach])
+
+
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)
 @pytest.mark.parametrize(("save", "channels"), [("all", 192), ("input", 64)])
 def test_bytes_saved_for_backward(save, channels, runner):

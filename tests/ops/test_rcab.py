@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsr import ops
 from fastsr.kernels.rcab import reference
-from tests.harness import ALL_DTYPES, DEVICE, Case, adversarial_cases, assert_twice_eager, available_backends, random_tensor
+from tests.harness import Case, adversarial_cases, assert_twice_eager, available_backends
 
 RUNNERS = available_backends("rcab")
 
@@ -27,18 +27,19 @@ def parameters(case: Case, features: int, hidden: int, squeezed: int, biases: bo
     return tensors
 
 
-# (features, hidden, squeezed, res_scale, with biases, end of the gate's shapes, save)
+# (features, hidden, squeezed, res_scale, with biases, end of gate shapes, save). Gates are wide: the largest error of four values says
+# little about either side.
 BLOCKS = (
-    (64, 64, 4, 1.0, True, (1, 1), "all"),
-    (16, 16, 1, 0.1, True, (), "input"),
-    (3, 5, 2, -1.5, False, (), "all"),
-    (33, 48, 3, 1.0, True, (1, 1), "input"),
+    (64, 64, 16, 1.0, True, (1, 1), "all"),
+    (16, 16, 12, 0.1, True, (), "input"),
+    (3, 5, 7, -1.5, False, (), "all"),
+    (33, 48, 11, 1.0, True, (1, 1), "input"),
     (1, 1, 1, 0.5, True, (), "all"),
-    (40, 17, 8, 1.0, False, (1, 1), "all"),
+    (40, 17, 24, 1.0, False, (1, 1), "all"),
 )
 
 CASES = [
-    (Case((case.size[0], block[0], *case.size[2:]), case.dtype, case.layout, case.gradient, case.seed + 1), block)
+    (Case((case.size[0], block[0], *case.size[2:]), case.dtype, case.layout, case.gradient, case.seed + 4), block)
     for case, block in zip(adversarial_cases(channels=(1, 2)), itertools.cycle(BLOCKS), strict=False)
 ]
 

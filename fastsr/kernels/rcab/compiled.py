@@ -68,7 +68,7 @@ def hidden_into(hidden: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None
 if _native.offers("rcab", "rcab_backward"):
 
     @torch.library.register_fake("fastsr::rcab")
-    def _(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias, hidden, sums, attention, out, res_scale, packed=None):  # type: ignore[no-untyped-def]
+    def _(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias, hidden, sums, attention, out, res_scale, packed=None):  # type: ignore[no-untyped-def] # noqa: E501
         return None
 
     @torch.library.register_fake("fastsr::rcab_backward")

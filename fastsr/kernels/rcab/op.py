@@ -173,9 +173,11 @@ def _forward(
     if x.numel() == 0:
         return
     weight1, bias1, weight2, *others = parameters
+    assert weight2 is not None
     more = (packed,) if run == "compiled" else ()
     others = [None if t is None else t.contiguous() for t in others]
-    _kernels(run).forward_into(out, hidden, sums, attention, checks.pixel_major(x), weight1, bias1, _dense(weight2), *others, res_scale, *more)
+    arguments = (checks.pixel_major(x), weight1, bias1, _dense(weight2), *others)
+    _kernels(run).forward_into(out, hidden, sums, attention, *arguments, res_scale, *more)
 
 
 def _dense(weight: Tensor) -> Tensor:
