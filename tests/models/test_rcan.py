@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsr
 from fastsr import _native
@@ -14,7 +16,7 @@ from fastsr.models import RCAN
 from fastsr.weights.dialects import build
 from tests.harness import ALL_DTYPES, DEVICE, assert_close_as_eager, available_backends, random_tensor
 from tests.models.eager_rcan import EagerRCAN, OfficialRCAN
-from tests.models.test_rrdbnet import Calls, error, gradients
+from tests.models.test_rrdbnet import error, gradients
 
 SMALL = {"num_feat": 16, "num_group": 2, "num_block": 2, "squeeze_factor": 4}
 RUNNERS = ["reference", *dict.fromkeys(r.backend for r in available_backends("rcab") if r.backend == "compiled" or DEVICE != "cpu")]
@@ -106,14 +108,19 @@ def test_inference_is_as_good_as_eager(backend, dtype, size):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("backend", RUNNERS)
 def test_gradients_are_as_good_as_eager(backend, dtype):
-    """Over all gradients together: rounding flips signs inside a network, so the error of a single bias is a draw."""
-    ours, eager = pair(dtype, num_group=1)
-    ours.backend = backend
-    x, g = pictures((6, 5), dtype), random_tensor((2, 3, 24, 20), dtype, 2)
-    truth = gradients(copy.deepcopy(eager).double(), x.double(), g)
-    found, plain = gradients(ours, x, g), gradients(eager, x, g)
-    assert found.keys() == truth.keys()
-    assert error(found, truth) <= 2 * error(plain, truth) + 2 * torch.finfo(dtype).eps
+    """Over all gradients together, and the median of five pictures: rounding flips the sign before a ReLU here and there, so the
+    error on a single picture is a draw."""
+    found, plain = [], []
+    for seed in range(5):
+        ours, eager = pair(dtype, num_group=1)
+        ours.backend = backend
+        x, g = pictures((6, 5), dtype, seed), random_tensor((2, 3, 24, 20), dtype, seed + 1)
+        truth = gradients(copy.deepcopy(eager).double(), x.double(), g)
+        results = gradients(ours, x, g), gradients(eager, x, g)
+        assert results[0].keys() == truth.keys()
+        for errors, result in zip((found, plain), results, strict=True):
+            errors.append(error(result, truth))
+    assert median(found) <= 2 * median(plain) + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -204,17 +211,34 @@ def test_results_are_fresh_and_stay_as_they_are(backend, options):
     assert len({t.untyped_storage().data_ptr() for t in (first, second, a)}) == 3
 
 
-@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the native library")
+class Asked(TorchDispatchMode):
+    """Bytes of all buffers that are asked for inside, and the names of the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.names = 0, set[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        if func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "empty_strided", "clone", "add", "mul", "cat"):
+            self.total += result.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the compiled block")
 def test_inference_needs_no_further_buffers_for_further_blocks():
-    counts = []
+    """But for the vectors of each block's attention: less than a twentieth of a feature map of this size."""
+    totals = []
     for groups, blocks in ((2, 1), (4, 3)):
         ours, _ = pair(torch.float32, num_group=groups, num_block=blocks)
         ours.backend = "compiled"
-        with torch.no_grad(), Calls() as calls:
-            ours(pictures((6, 6), torch.float32))
-        assert "convolution" not in calls.counts
-        counts.append(sum(calls.counts.get(name, 0) for name in ("empty", "clone", "new_empty", "empty_like", "add", "mul", "cat")))
-    assert counts[0] == counts[1] > 0
+        with torch.no_grad(), Asked() as asked:
+            ours.features(pictures((64, 64), torch.float32, batch=1))
+        assert "convolution" not in asked.names
+        totals.append(asked.total / (64 * 64 * 16 * 4))
+    assert totals[0] <= totals[1] < totals[0] + 10 / 20
+    assert totals[1] * 16 <= 1.2 * ours.trunk_values
 
 
 def test_attributes_reach_every_part_and_are_checked():
