@@ -87,7 +87,7 @@ def track(model: nn.Module, x: Tensor) -> Memory:
     with Tracker([*model.parameters(), *model.buffers()]) as tracker:
         with tracker.watch_saved():
             outputs = forward(model, x)
-        saved = tracker.held(outputs)
+        saved = tracker.held([x, *outputs])
         backward(outputs)
         tracker.leave_out(p.grad for p in model.parameters() if p.grad is not None)
     return Memory(tracker.bytes(saved), max(tracker.peaks().values(), default=0), sum(tracker.flops.values()))

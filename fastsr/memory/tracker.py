@@ -116,10 +116,10 @@ class Tracker(TorchDispatchMode):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             yield
 
-    def held(self, outputs: Iterable[Tensor]) -> set[int]:
-        """What autograd holds after forward: all that is alive, but an output only where it was saved as well."""
+    def held(self, ends: Iterable[Tensor]) -> set[int]:
+        """What autograd holds after forward: all that is alive, but an end (the input, an output) only where it was saved as well."""
         saved: set[int] = set().union(*self.saved.values())
-        return self.alive() - ({self.number(t) for t in outputs} - saved)
+        return self.alive() - ({self.number(t) for t in ends} - saved)
 
     def number(self, t: Tensor) -> int | None:
         """The number of t's storage; None if it was not made in here."""

@@ -87,10 +87,10 @@ def test_a_small_budget_is_reported_and_kept_to(tmp_path, capsys, weights):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 80, 3), np.uint8)).save(tmp_path / "a.png")
     command = ["upscale", str(tmp_path / "a.png"), "-m", weights, "-o"]
     assert main([*command, str(tmp_path / "whole.png")]) == 0
-    assert main([*command, str(tmp_path / "strips.png"), "--memory", "2.4MB"]) == 0
+    assert main([*command, str(tmp_path / "strips.png"), "--memory", "1.2MB"]) == 0
     assert capsys.readouterr().err == ""
     assert (tmp_path / "strips.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    assert main([*command, str(tmp_path / "tiles.png"), "--memory", "1.2 MB"]) == 0
+    assert main([*command, str(tmp_path / "tiles.png"), "--memory", "0.9 MB"]) == 0
     assert "80x150 does not fit into 1 MB of memory whole: done in " in capsys.readouterr().err
     assert main([*command, str(tmp_path / "none.png"), "--memory", "10KB"]) == 1
     assert "the smallest tile needs" in capsys.readouterr().err

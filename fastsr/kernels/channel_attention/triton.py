@@ -236,6 +236,11 @@ def tile_constants(channels: int, last: bool, unit: int) -> dict[str, Any]:
     }
 
 
+def sum_constants(constants: dict[str, Any], product: bool) -> dict[str, Any]:
+    """Those of `sum_kernel`; a product holds two tiles and the sums, for which a whole tile would spill (Triton 3.6, sm_100)."""
+    return constants | {"PRODUCT": product, "BLOCK_P": constants["BLOCK_P"] // (2 if product else 1)}
+
+
 def grid_of(x: Tensor, constants: dict[str, Any]) -> tuple[tuple[int], tuple[int, int, int]]:
     """One program for each image, part of the channels and chunk; and the kernels' size, W and chunks."""
     n, channels, h, w = x.shape
@@ -251,7 +256,7 @@ def sums(x: Tensor, g: Tensor | None, scale: float) -> Tensor:
     grid, sizes = grid_of(x, constants)
     (n, channels), chunks = x.shape[:2], sizes[2]
     partial, total = x.new_empty((n, chunks, channels), dtype=torch.float32), x.new_empty((n, channels), dtype=torch.float32)
-    sum_kernel[grid](partial, x, other, *sizes, *strides, PRODUCT=g is not None, num_warps=WARPS, **constants)
+    sum_kernel[grid](partial, x, other, *sizes, *strides, num_warps=WARPS, **sum_constants(constants, g is not None))
     blocks = triton.cdiv(channels, BLOCK)
     join_kernel[(n * blocks,)](total, partial, chunks, scale, CHANNELS=channels, BLOCK_C=BLOCK)
     return total
@@ -389,7 +394,7 @@ def aot_cases() -> Iterator[AotCase]:
                 for backward in (False, True):
                     role = "backward" if backward else "forward"
                     pointers = {"partial_ptr": "*fp32", "x_ptr": "*" + dtype, "g_ptr": "*" + dtype}
-                    yield _case(f"sum-{role}-{name}", gpu, sum_kernel, pointers, constants | {"PRODUCT": backward}, WARPS, wide)
+                    yield _case(f"sum-{role}-{name}", gpu, sum_kernel, pointers, sum_constants(constants, backward), WARPS, wide)
                     pointers = {f"{p}_ptr": "*" + dtype for p in ("out", "x", "r")} | {"factor_ptr": "*fp32", "shift_ptr": "*fp32"}
                     more = {"HAS_RESIDUAL": not backward, "HAS_SHIFT": backward}
                     yield _case(f"scale-{role}-{name}", gpu, scale_kernel, pointers, constants | more, WARPS, wide)
