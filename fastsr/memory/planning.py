@@ -61,7 +61,8 @@ class Plan:
         modules = dict(model.named_modules())
         for name, flag in self.flags:
             if flag not in flags_of(modules.get(name, model)):
-                raise ValueError(f"{type(model).__name__} has no module {name!r} with a flag {flag!r}; expected the model of the plan")
+                where = f"no module {name!r} with a flag {flag!r}" if name else f"no flag {flag!r}"
+                raise ValueError(f"{type(model).__name__} has {where}; expected the model of the plan")
         for name, runs in self.runs:
             chain = modules.get(name)
             if chain is None or not is_chain(chain) or len(chain) < runs[-1][1]:  # type: ignore[arg-type]

@@ -122,6 +122,8 @@ def test_a_plan_says_what_it_costs_and_what_it_is_not_made_for():
         plan.apply(RRDBNet(3, 3, num_block=2))
     runs = memory.plan(model, SHAPE, policy="group")
     with pytest.raises(ValueError, match="has no Sequential 'body' of 4 modules"):
+        runs.apply(RRDBNet(3, 3, num_block=2))
+    with pytest.raises(ValueError, match="Linear has no flag 'save_tail'; expected the model of the plan"):
         runs.apply(nn.Linear(1, 1))
 
 
