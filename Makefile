@@ -15,7 +15,7 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 READY := $(VENV)/.fastsr-ready
 
-.PHONY: demo test build lint gpu ledger ledger-check peers report watch clean
+.PHONY: demo test build lint gpu ledger ledger-check peers report watch soak clean
 
 demo: $(READY)
 	$(PY) examples/demo.py
@@ -47,6 +47,10 @@ ledger-check: $(READY)
 peers: build
 	$(PY) -m pip install -q --no-deps --target $(VENV)/peers -r tests/peers/requirements.txt
 	PYTHONPATH=$(VENV)/peers $(PY) -m pytest tests/peers -rs
+
+# Ten million rows through the compiled code search, each index compared with its true value; goes on where it was.
+soak: build
+	$(PY) benchmarks/soak_vq.py $(SOAK_ARGS)
 
 $(PY):
 	$(PYTHON) .ci/make_venv.py $(VENV)

@@ -261,7 +261,7 @@ def _among_finite(x: Tensor, codes: Tensor, at_once: int = 1 << 23) -> Tensor:
     return indices
 
 
-def _by_direct_form(x: Tensor, codes: Tensor, near: Tensor, at_once: int = 1 << 22) -> Tensor:
+def _by_direct_form(x: Tensor, codes: Tensor, near: Tensor, at_once: int = 1 << 18) -> Tensor:
     """The nearest of each row's candidates, the lowest index among equals."""
     row, code = near.nonzero(as_tuple=True)
     step = max(1, at_once // codes[0].numel())

@@ -27,6 +27,11 @@ struct PackedCodes {
   int64_t first;  // the number of the first tile
 };
 
+struct Ahead {
+  const char* data;
+  int64_t bytes;
+};
+
 // The codes within a row's limit, in any order; more than fit are only counted.
 struct Candidates {
   static constexpr int64_t kMost = 64;
@@ -52,8 +57,9 @@ struct VqKernel {
   // A tile of codes in the same way, negated; half of a code that does not exist is infinite.
   void (*pack_codes[3])(const RowView& codes, int64_t channels, const float* mean, const float* scales, float* to, float* half);
   void (*reset)(float* state);  // of `rows` rows
-  // Scores half - x . e of a group of rows against some tiles: keep the best two of each lane.
-  void (*scan)(const float* x, const PackedCodes& codes, int64_t channels, float* state);
+  // Scores half - x . e of a group of rows against some tiles: keep the best two of each lane. `ahead` is memory that will be read
+  // next, asked for a little with each tile: all at once it would hold up the codes.
+  void (*scan)(const float* x, const PackedCodes& codes, int64_t channels, float* state, Ahead ahead);
   // Of each row the smallest score, the next one, and the first one's code.
   void (*finish)(const float* state, float* first, float* second, int64_t* index);
   // The codes of one row of `state` within its limit; false if there may be more than its lanes have kept.

@@ -167,8 +167,10 @@ static void reset(float* state) {
   }
 }
 
-static void scan(const float* x, const PackedCodes& codes, int64_t channels, float* state) {
+static void scan(const float* x, const PackedCodes& codes, int64_t channels, float* state, Ahead ahead) {
+  const int64_t step = (ahead.bytes / codes.tiles + 63) / 64 * 64;
   for (int64_t t = 0; t < codes.tiles; ++t) {
+    for (int64_t i = t * step; i < smaller(ahead.bytes, (t + 1) * step); i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
     Vector a[ROWS][2];
     scores(x, codes.values + t * channels * CODES, codes.half + t * CODES, channels, a);
     __asm__ volatile("" ::: "memory");  // else GCC copies the whole state to the stack and back

@@ -142,7 +142,7 @@ class Search {
   int64_t collect(int64_t head, int64_t begin, const int64_t* rows, int64_t count, Candidates* found, Scratch& s);
   int64_t nearest_of(int64_t head, int64_t row, const Candidates& candidates, Scratch& s) const;
   void pack(int64_t head, const int64_t* rows, int64_t count, float* to, float* squares, Scratch& s) const;
-  void fetch_rows(int64_t head, int64_t first) const;
+  Ahead rows_ahead(int64_t head, int64_t first) const;
   double row_norm(int64_t at, Scratch& s) const;
   void widen(int64_t head, int64_t row, Scratch& s) const;
   Scratch& scratch() const;
@@ -258,8 +258,8 @@ int64_t Search::find_certified(int64_t head, int64_t begin, int64_t end, Scratch
   for (int64_t t = 0; t < book_.tiles; t += step) {
     const PackedCodes codes = tiles(t, std::min(t + step, book_.tiles));
     for (int64_t g = 0; g < groups; ++g) {
-      if (t == 0) pack_group(g), fetch_rows(head, begin + (g + 1) * size);  // the next rows arrive while these are scanned
-      kernel_.scan(s.x + g * size * d, codes, d, s.state + g * size * kernel_.state);
+      if (t == 0) pack_group(g);
+      kernel_.scan(s.x + g * size * d, codes, d, s.state + g * size * kernel_.state, t == 0 ? rows_ahead(head, begin + (g + 1) * size) : Ahead{});
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -316,18 +316,12 @@ int64_t Search::nearest_of(int64_t head, int64_t row, const Candidates& candidat
   return best.index;
 }
 
-// Asks the memory for a group of rows.
-void Search::fetch_rows(int64_t head, int64_t first) const {
-  const int64_t line = p_.type == Element::f32 ? 16 : 32;
-  if (p_.x_channel != 1) {  // adjacent rows share a channel's lines
-    if (first >= p_.rows()) return;
-    for (int64_t c = 0; c < p_.channels; ++c) __builtin_prefetch(element(p_.x, p_.x_at(head, first) + c * p_.x_channel, p_.type));
-    return;
-  }
-  for (int64_t r = first; r < std::min(first + kernel_.rows, p_.rows()); ++r) {
-    const int64_t at = p_.x_at(head, r);
-    for (int64_t c = 0; c < p_.channels; c += line) __builtin_prefetch(element(p_.x, at + c, p_.type));
-  }
+// The group of rows from `first` on, where it lies in one piece.
+Ahead Search::rows_ahead(int64_t head, int64_t first) const {
+  const int64_t rows = std::min<int64_t>(kernel_.rows, p_.rows() - first);
+  if (rows <= 0 || p_.inner != 1 || p_.x_channel != 1 || p_.x_outer > 2 * p_.channels) return {};
+  const char* from = element(p_.x, p_.x_at(head, first), p_.type);
+  return {from, element(p_.x, p_.x_at(head, first + rows), p_.type) - from};
 }
 
 // Gathers rows of x for the products.

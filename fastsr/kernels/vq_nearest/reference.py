@@ -15,7 +15,7 @@ from torch import Tensor
 LANES = 8
 
 #: float64 values of one temporary; a chunk of rows and codes is made so large.
-CHUNK_VALUES = 1 << 22
+CHUNK_VALUES = 1 << 18
 
 
 def distance_dtype(x: Tensor) -> torch.dtype:
