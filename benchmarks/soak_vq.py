@@ -48,7 +48,9 @@ def run_cycle(record: dict[str, Any], cycle: int, isa: str) -> None:
             wrong = int((found != vq_cases.true_indices(x, codes, problem.cosine)).sum())
             if wrong:
                 record["failures"].append(f"{isa}, seed {problem.seed}: {problem}: {wrong} wrong")
-            kind = record["distributions"].setdefault(problem.distribution, dict.fromkeys(("rows", "wrong", "among_candidates", "with_all"), 0))
+            kind = record["distributions"].setdefault(
+                problem.distribution, dict.fromkeys(("rows", "wrong", "among_candidates", "with_all"), 0)
+            )
             for key, value in zip(kind, (problem.n, wrong, *counters.tolist()), strict=True):
                 kind[key] += value
             record["rows"][isa] = record["rows"].get(isa, 0) + problem.n
