@@ -60,7 +60,7 @@ def built(name: str, sanitizer: tuple[str, ...] = UNDEFINED) -> Path:
     gxx = compiler()
     import pybind11
 
-    texts = sorted([*HERE.glob("include/**/*.*"), *CSRC.glob("cuda/*.cuh"), HERE / f"{name}.cpp"])
+    texts = sorted([*HERE.glob("include/**/*.*"), *CSRC.glob("cuda/**/*.cuh"), *CSRC.glob("common/*.h"), HERE / f"{name}.cpp"])
     machine = subprocess.run([gxx, "-march=native", "-Q", "--help=target"], capture_output=True, text=True, check=False).stdout
     includes = [HERE / "include", CSRC, sysconfig.get_path("include"), pybind11.get_include()]
     options = ["-std=c++20", "-O1", "-g1", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]

@@ -65,6 +65,8 @@ struct Thread {
   bool done = false;
   std::vector<Copy> open;                  // copies since the last commit
   std::vector<std::vector<Copy>> groups;   // committed, oldest first
+  std::vector<std::function<void()>> products;                     // wgmma's, since the last commit
+  std::vector<std::vector<std::function<void()>>> product_groups;  // committed, oldest first
 };
 
 // A warp-wide operation for which not all lanes have arrived yet.
@@ -132,18 +134,19 @@ class Block {
     index = {block, 0, 0};
     if (statics_.bytes) std::memset(statics_.begin, kPoison, statics_.bytes);
     if (shared_bytes_) std::memset(dynamic_.get(), kPoison, shared_bytes_);
-    fair_ = random_() & 1;
-    at_barrier_ = 0, finished_ = 0;
+    fair_ = random_() >> 8 & 1;  // the lowest bit of the first number is that of the seed
+    at_barrier_ = 0, finished_ = 0, parked_.clear(), later_.clear();
     for (auto& warp : warps_) warp.ready.clear(), warp.meetings.clear(), warp.priority = static_cast<unsigned>(random_());
     for (int i = 0; i < count(); ++i) {
       Thread& t = threads_[i];
-      t.done = false, t.waits_at = nullptr, t.open.clear(), t.groups.clear();
+      t.done = false, t.waits_at = nullptr, t.open.clear(), t.groups.clear(), t.products.clear(), t.product_groups.clear();
       t.fiber.start(&Block::enter, this);
       warps_[t.warp].ready.push_back(i);
     }
     running = this;
     while (finished_ < count() && !error_) {
-      current_ = pick();
+      if (fair_ && !later_.empty() && random_() % 4 == 0) run_later();
+      while ((current_ = pick()) < 0 && !later_.empty()) run_later();
       if (current_ < 0) {
         report_deadlock(block);
         break;
@@ -152,6 +155,7 @@ class Block {
       threads_[current_].fiber.resume();
     }
     running = nullptr;
+    if (!error_ && !later_.empty()) fail("block ", block, " ended before ", later_.size(), " of its asynchronous copies");
     if (error_) std::rethrow_exception(error_);
   }
 
@@ -170,11 +174,36 @@ class Block {
     }
   }
 
+  // Addresses of dynamic shared memory as wgmma's descriptors hold them: 18 bits, the low ones those of the memory itself.
+  uint32_t shared_address(const void* p) const { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 0x3ffff); }
+  const unsigned char* at_shared_address(uint32_t address) const {
+    const auto* p = reinterpret_cast<const unsigned char*>(dynamic_.get()) + (address - shared_address(dynamic_.get()) & 0x3ffff);
+    check_shared("wgmma", p, 16, 16);
+    return p;
+  }
+
   // Lets others run; this thread may be drawn again at once.
   void give_way() {
     warps_[self().warp].ready.push_back(current_);
     self().fiber.suspend();
   }
+
+  // Suspends this thread until another one, or what was put off, wakes those who wait for `at`.
+  void park(const char* name, const void* at) {
+    self().waits_at = name;
+    parked_.push_back({at, current_});
+    self().fiber.suspend();
+  }
+  void wake(const void* at) {
+    std::erase_if(parked_, [&](const auto& entry) {
+      if (entry.first == at) warps_[threads_[entry.second].warp].ready.push_back(entry.second);
+      return entry.first == at;
+    });
+  }
+
+  // Puts an asynchronous action off: it happens between two steps of the threads, in any order among others; in half of the blocks not before
+  // nobody else can go on.
+  void later(std::function<void()> action) { later_.push_back(std::move(action)); }
 
   void barrier() {
     if (++at_barrier_ < count()) {
@@ -239,6 +268,17 @@ class Block {
     for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
   }
 
+  void run_later() {
+    std::swap(later_[random_() % later_.size()], later_.back());
+    const auto action = std::move(later_.back());
+    later_.pop_back();
+    try {
+      action();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+  }
+
   int pick() {
     int chosen = -1, seen = 0;
     for (int w = 0; w < static_cast<int>(warps_.size()); ++w) {
@@ -276,6 +316,8 @@ class Block {
   std::function<void()> body_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
+  std::vector<std::pair<const void*, int>> parked_;
+  std::vector<std::function<void()>> later_;
   Range statics_;
   std::unique_ptr<char, Free> dynamic_;
   std::exception_ptr error_;
@@ -289,13 +331,17 @@ inline int undefined_reports = 0;
 // Stands in for the host launcher: the same call, on the CPU. The order of the blocks is drawn from the seed too.
 struct Launcher {
   uint64_t seed = 0;
+  bool on_hopper = false;  // as sm_90a: its kernels are taken, and a block has 227 KB of shared memory
+
+  bool hopper() const { return on_hopper; }
 
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, std::type_identity_t<Parameters>... arguments) const {
     if (blocks == 0) return;
     if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) fail("a launch of ", blocks, " blocks");
     if (threads < 1 || threads > 1024) fail("a launch of ", threads, " threads a block");
-    if (shared_bytes > 99 * 1024) fail("a launch with ", shared_bytes, " bytes of shared memory; sm_86, sm_89 and sm_120 have 101376");
+    const int most = (on_hopper ? 227 : 99) * 1024;  // 99 KB: sm_86, sm_89 and sm_120
+    if (shared_bytes > most) fail("a launch with ", shared_bytes, " bytes of shared memory; expected at most ", most);
     static std::mutex one_launch;
     std::lock_guard lock(one_launch);
     undefined_reports = 0;

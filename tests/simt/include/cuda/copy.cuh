@@ -10,6 +10,11 @@ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(simt::running->dynamic(BYTES));
 }
 
+inline uint32_t shared_address(const void* pointer) {
+  simt::running->check_shared("a shared address", pointer, 1, 1);
+  return simt::running->shared_address(pointer);
+}
+
 inline void copy_async_16(void* shared, const void* global, int bytes) {
   simt::running->check_shared("cp.async", shared, 16, 16);
   if (reinterpret_cast<uintptr_t>(global) % 16) simt::fail("cp.async: a global address is not a multiple of 16");
