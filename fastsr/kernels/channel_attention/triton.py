@@ -351,19 +351,28 @@ def backward_of_all(
         return
     with current_device(x):
         dv = sums(x, grad, res_scale) * gate_slope(gate, gates)
-        back = matrix(up_weight, None, dv, "none", transposed=True)
-        z, products = pooled, []
-        if down_weight is not None:
-            u = matrix(down_weight, down_bias, pooled, "none")
-            sigmoid = torch.sigmoid(u)
-            z = torch.relu(u) if activation == "relu" else u * sigmoid
-            du = back * (torch.where(u <= 0.0, 0.0, 1.0) if activation == "relu" else sigmoid * (1.0 + u * (1.0 - sigmoid)))
-            back = matrix(down_weight, None, du, "none", transposed=True)
-            products = [du.T @ pooled, *([du.sum(0)] if has_down_bias else [])]
+        back, products = gate_backward(dv, pooled, down_weight, down_bias, up_weight, activation)
+        if down_weight is not None and not has_down_bias:
+            del products[1]
         if dx is not None:
             scaled(dx, grad, None, gates, back / (x.shape[2] * x.shape[3]), res_scale)
-        for gradient, value in zip(gradients, [*products, dv.T @ z, dv.sum(0)], strict=False):
+        for gradient, value in zip(gradients, products, strict=False):
             gradient.copy_(value.view_as(gradient))
+
+
+def gate_backward(
+    dv: Tensor, pooled: Tensor, down_weight: Tensor | None, down_bias: Tensor | None, up_weight: Tensor, activation: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the pooled vectors from that of the gate's argument, and those of weight and bias of squeeze and excitation."""
+    back = matrix(up_weight, None, dv, "none", transposed=True)
+    if down_weight is None:
+        return back, [dv.T @ pooled, dv.sum(0)]
+    u = matrix(down_weight, down_bias, pooled, "none")
+    sigmoid = torch.sigmoid(u)
+    z = torch.relu(u) if activation == "relu" else u * sigmoid
+    du = back * (torch.where(u <= 0.0, 0.0, 1.0) if activation == "relu" else sigmoid * (1.0 + u * (1.0 - sigmoid)))
+    back = matrix(down_weight, None, du, "none", transposed=True)
+    return back, [du.T @ pooled, du.sum(0), dv.T @ z, dv.sum(0)]
 
 
 def gate_slope(gate: str, s: Tensor) -> Tensor:

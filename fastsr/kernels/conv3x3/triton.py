@@ -40,7 +40,7 @@ Predicted, 64 -> 64 channels, bf16, H100: a quarter to a third of the matrix rat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +91,12 @@ def conv3x3_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,  # [9, C, O], both padded with zeros to whole blocks
-    bias_ptr,  # this pointer and the next three may be None
+    bias_ptr,  # this pointer and the next five may be None
     residual_ptr,
     mask_ptr,
     outer_ptr,
+    factor_ptr,  # [images, C_OUT] float32
+    sums_ptr,  # [tiles, 9, C_OUT] float32
     H,  # of the convolution's output, before PixelShuffle
     W,
     x_n,
@@ -129,7 +131,8 @@ def conv3x3_kernel(
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     DOT_FLOAT32: tl.constexpr,
 ):
-    """out = outer_scale * (scale * f(conv(x) + bias) + residual) + outer, f an activation or a multiplication by mask > 0 ? 1 : slope."""
+    """out = outer_scale * (scale * factor * f(conv(x) + bias) + residual) + outer, f an activation or a multiplication by
+    mask > 0 ? 1 : slope. sums = those of a tile's pixels of out that each tap of a following 3x3 convolution reads."""
     BLOCK_M: tl.constexpr = TILE_H * TILE_W
     K_STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     N_BLOCKS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
@@ -183,6 +186,8 @@ def conv3x3_kernel(
     elif ACTIVATION == "leaky_relu":
         y = tl.where(y > 0, y, y * slope)
     y *= scale
+    if factor_ptr is not None:
+        y *= tl.load(factor_ptr + n.to(tl.int64) * C_OUT + o, mask=o < C_OUT, other=0.0)[None, :]
     if residual_ptr is not None:
         at = output_offsets(n, h, w, o, residual_n, residual_h, residual_w, Y_UNIT, SHUFFLE, CHANNELS)
         y += tl.load(residual_ptr + at, mask=stored, other=0.0).to(tl.float32)
@@ -192,6 +197,20 @@ def conv3x3_kernel(
         y += tl.load(outer_ptr + at, mask=stored, other=0.0).to(tl.float32)
     at = output_offsets(n, h, w, o, out_n, out_h, out_w, Y_UNIT, SHUFFLE, CHANNELS)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
+
+    if sums_ptr is not None:
+        h0 = tile // tiles_w % tiles_h * TILE_H
+        w0 = tile % tiles_w * TILE_W
+        y = tl.where(stored, y.to(out_ptr.dtype.element_ty).to(tl.float32), 0.0)  # as the next convolution will read it
+        whole = tl.sum(y, 0)
+        for tap in range(9):
+            # The tap misses a border row or column: that which lies opposite, where it would read the outside.
+            missed_h = tl.where(tap < 3, H - 1, tl.where(tap < 6, -1, 0))
+            missed_w = tl.where(tap % 3 == 0, W - 1, tl.where(tap % 3 == 1, -1, 0))
+            seen = whole
+            if ((missed_h >= h0) & (missed_h < h0 + TILE_H)) | ((missed_w >= w0) & (missed_w < w0 + TILE_W)):
+                seen = tl.sum(tl.where(((h != missed_h) & (w != missed_w))[:, None], y, 0.0), 0)
+            tl.store(sums_ptr + (tile.to(tl.int64) * 9 + tap) * C_OUT + o, seen, mask=o < C_OUT)
 
 
 @dataclass(frozen=True)
@@ -264,11 +283,15 @@ def launch(
     mask: Tensor | None = None,
     outer: Tensor | None = None,
     outer_scale: float = 1.0,
+    factors: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Write steps 1-5 of `fastsr.ops.conv3x3` into `out`; x and all tensors of out's shape are pixel-major.
 
     With `mask`, of out's shape, the activation gives way to its derivative: v where mask > 0, else negative_slope * v.
     What is written is outer_scale * y + outer, `outer` being of out's shape or absent.
+    `factors`, (N, O) float32, multiply what `scale` multiplies. `sums`, of the shape that `tap_sums_shape` tells, is filled with
+    the sums, for every tile, of the values written that each tap of a following convolution reads.
     """
     n, c, h, w = x.shape
     o = weight.shape[0]
@@ -286,6 +309,8 @@ def launch(
             residual,
             mask,
             outer,
+            factors,
+            sums,
             h,
             w,
             *pixel_strides(x, x_unit),
@@ -296,6 +321,13 @@ def launch(
             **constants(chosen, mode, c, o, negative_slope, upsample, pixel_shuffle, x_unit, y_unit),
             **chosen.options(),
         )
+
+
+def tap_sums_shape(x: Tensor, o: int) -> tuple[int, int, int, int]:
+    """(N, tiles of an image, 9, O): the sums that `launch` fills for a convolution of x to `o` channels."""
+    n, c, h, w = x.shape
+    chosen = config(family(x.device), precision(x), c, o)
+    return n, triton.cdiv(h, chosen.tile_h) * triton.cdiv(w, chosen.tile_w), 9, o
 
 
 def constants(
@@ -374,21 +406,25 @@ def aot_cases() -> Iterator[AotCase]:
     for gpu in FAMILIES:
         for mode, dtype in modes(gpu):
             for c, o, upsample, shuffle, full in LAYERS:
-                yield aot_case(gpu, mode, dtype, c, o, upsample, shuffle, full)
+                more = ("residual_ptr", *(("mask_ptr", "outer_ptr") if full else ()))
+                yield aot_case("full" if full else "", gpu, mode, dtype, c, o, upsample, shuffle, more)
 
 
-def aot_case(gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, full: bool) -> AotCase:
-    """One layer; `full` adds the backward's mask and both skips."""
+def aot_case(
+    role: str, gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, more: Sequence[str], op: str = "conv3x3"
+) -> AotCase:
+    """One layer with a bias and the pointers named in `more`."""
     chosen = config(gpu, mode, c, o)
-    pointers = ["out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "residual_ptr"] + (["mask_ptr", "outer_ptr"] if full else [])
-    absent = {} if full else {"mask_ptr": None, "outer_ptr": None}
+    pointers = ["out_ptr", "x_ptr", "weight_ptr", "bias_ptr", *more]
+    absent = {name: None for name in ("residual_ptr", "mask_ptr", "outer_ptr", "factor_ptr", "sums_ptr") if name not in more}
     # An RGB image's pixels are 3 elements apart, which is no multiple of 16 bytes.
     unit = 4 if dtype == "fp32" else 8
     x_unit, y_unit = (unit if channels % unit == 0 else 1 for channels in (c, o))
-    signature = dict.fromkeys(pointers, "*" + dtype) | dict.fromkeys((*SIZES, *OUTER), "i32")
+    signature = {name: "*fp32" if name in ("factor_ptr", "sums_ptr") else "*" + dtype for name in pointers}
+    signature |= dict.fromkeys((*SIZES, *OUTER), "i32")
     signature |= dict.fromkeys(("slope", "scale", "outer_scale"), "fp32")
     return AotCase(
-        name=f"conv3x3-{gpu}-{mode}-{dtype}-{c}-{o}" + ("-full" if full else ""),
+        name="-".join(filter(None, (op, gpu, mode, dtype, str(c), str(o), role))),
         family=gpu,
         kernel=conv3x3_kernel,
         signature=signature,

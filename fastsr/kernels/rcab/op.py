@@ -40,7 +40,11 @@ from fastsr.kernels.rcab import compiled, reference
 backends.register(
     "rcab",
     compiled=("cpu",),
-    rules=(Rule("compiled", "two passes: the gate is known before the second convolution runs", "cpu", FUSED_DTYPES),),
+    triton=("cpu", "cuda"),
+    rules=(
+        Rule("compiled", "two passes: the gate is known before the second convolution runs", "cpu", FUSED_DTYPES),
+        Rule("triton", "two passes: the gate is known before the second convolution runs; not measured yet", "cuda", FUSED_DTYPES),
+    ),
 )
 
 
@@ -150,6 +154,11 @@ def _check_buffers(x: Tensor, hidden: int, out: Tensor | None, workspace: Tensor
 
 
 def _kernels(run: str) -> ModuleType:
+    """The module that runs it."""
+    if run == "triton":
+        from fastsr.kernels.rcab import triton  # imported late: Triton costs seconds and may be missing
+
+        return triton
     return compiled
 
 
