@@ -19,13 +19,12 @@
 #include <numeric>
 #include <vector>
 
+#include "common/channel_attention_args.h"
 #include "cpu/gate.h"
 #include "cpu/pages.h"
 
 namespace fastsr::cpu {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kStrip = 1 << 15;        // values of a strip
 constexpr int64_t kPattern = 1 << 12;      // most values of a group of pixels
@@ -54,19 +53,9 @@ struct Cut {
   int64_t image_bytes() const { return parts * channels * pixels() * size(); }
 };
 
-bool is_pixel_major(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
-bool is_planar(const Tensor& t) { return (t.size(3) <= 1 || t.stride(3) == 1) && (t.size(2) <= 1 || t.stride(2) == t.size(3)); }
-
 template <class... More>
 Cut cut_images(const Tensor& x, const More&... more) {
-  STD_TORCH_CHECK(x.dim() == 4, "channel_attention: x has ", x.dim(), " dimensions; expected 4");
-  const auto fits = [&](const Tensor& t) {
-    return t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == x.size(1) && t.size(2) == x.size(2) && t.size(3) == x.size(3) &&
-           t.scalar_type() == x.scalar_type();
-  };
-  STD_TORCH_CHECK((fits(more) && ...), "channel_attention: pictures of different shapes or dtypes");
-  const bool pixels = is_pixel_major(x) && (is_pixel_major(more) && ...), planes = is_planar(x) && (is_planar(more) && ...);
-  STD_TORCH_CHECK(pixels || planes, "channel_attention: expected all pictures with channels side by side, or all with contiguous planes");
+  const bool pixels = picture_layout(x, more...).pixels;
   Cut cut{element_of(x.scalar_type(), "channel_attention"), x.size(0), pixels ? 1 : x.size(1), pixels ? x.size(1) : 1, x.size(2), x.size(3), 0, 0};
   // A whole number of groups for vectors of any length.
   const int64_t unit = std::lcm(cut.channels, 128) / cut.channels;
@@ -256,14 +245,12 @@ void two_passes(const Cut& cut, const Sums& sums, const Between& between, const 
 }
 
 // A given vector per image and channel, or scratch for one.
-float* vectors(const std::optional<Tensor>& given, const Cut& cut, const char* name, std::vector<float>& scratch) {
-  const int64_t values = cut.batch * cut.parts * cut.channels;
+float* vectors(const std::optional<Tensor>& given, const Tensor& x, const char* name, std::vector<float>& scratch) {
   if (!given) {
-    scratch.resize(values);
+    scratch.resize(x.size(0) * x.size(1));
     return scratch.data();
   }
-  STD_TORCH_CHECK(given->numel() == values && given->is_contiguous() && given->scalar_type() == torch::headeronly::ScalarType::Float,
-                  "channel_attention: ", name, " is not a contiguous float32 tensor of a value per image and channel");
+  check_attention_vector(*given, x, name);
   return static_cast<float*>(given->mutable_data_ptr());
 }
 
@@ -272,9 +259,9 @@ void channel_attention(Tensor x, std::optional<Tensor> down_weight, std::optiona
                        std::optional<Tensor> gates, double res_scale, int64_t gate, int64_t activation) {
   const Cut cut = residual ? cut_images(x, *residual, out) : cut_images(x, out);
   const GateWeights weights =
-      gate_weights("channel_attention", cut.type, x.size(1), down_weight, down_bias, up_weight, up_bias, gate, activation);
+      gate_weights("channel_attention", x.scalar_type(), x.size(1), down_weight, down_bias, up_weight, up_bias, gate, activation);
   std::vector<float> own[2];
-  float *p = vectors(pooled, cut, "pooled", own[0]), *s = vectors(gates, cut, "gates", own[1]);
+  float *p = vectors(pooled, x, "pooled", own[0]), *s = vectors(gates, x, "gates", own[1]);
   if (x.numel() == 0) return;
   const Sums sums(cut, Plane(x), {});
   const Scaling scaling(cut, Plane(x), residual ? Plane(*residual) : Plane(), Plane(out), static_cast<float>(res_scale));
@@ -293,9 +280,9 @@ void channel_attention_backward(Tensor grad, Tensor x, Tensor pooled, Tensor gat
                                 std::optional<Tensor> dup_bias, double res_scale, int64_t gate, int64_t activation) {
   const Cut cut = dx ? cut_images(x, grad, *dx) : cut_images(x, grad);
   const GateWeights weights =
-      gate_weights("channel_attention", cut.type, x.size(1), down_weight, down_bias, up_weight, std::nullopt, gate, activation);
+      gate_weights("channel_attention", x.scalar_type(), x.size(1), down_weight, down_bias, up_weight, std::nullopt, gate, activation);
   std::vector<float> none;
-  const float *p = vectors(pooled, cut, "pooled", none), *s = vectors(gates, cut, "gates", none);
+  const float *p = vectors(pooled, x, "pooled", none), *s = vectors(gates, x, "gates", none);
   const int64_t channels = weights.channels;
   std::vector<float> memory(GateTape::floats(weights, cut.batch)), ds(cut.batch * channels), shifts(dx ? cut.batch * channels : 0);
   const GateTape tape(weights, cut.batch, memory.data());

@@ -2,17 +2,15 @@
 #include "cpu/gate.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "common/channel_attention_args.h"
 #include "cpu/isa.h"
 
 namespace fastsr::cpu {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kProducts = 1 << 15;  // of a thread's share: about 2 us
 
@@ -51,26 +49,13 @@ const AttentionKernel& choose_attention() {
   return portable::attention;
 }
 
-GateWeights gate_weights(const char* op, Element type, int64_t channels, const std::optional<Tensor>& down_weight,
+GateWeights gate_weights(const char* op, torch::headeronly::ScalarType type, int64_t channels, const std::optional<Tensor>& down_weight,
                          const std::optional<Tensor>& down_bias, const Tensor& up_weight, const std::optional<Tensor>& up_bias,
                          int64_t gate, int64_t activation) {
-  GateWeights w{channels, channels, type, static_cast<Gate>(gate), static_cast<Activation>(activation), nullptr, nullptr, nullptr, nullptr};
-  STD_TORCH_CHECK(gate >= 0 && gate <= 2, op, ": gate is ", gate, "; expected 0 (none), 1 (sigmoid) or 2 (hardsigmoid)");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 1, op, ": activation is ", activation, "; expected 0 (relu) or 1 (silu)");
-  const auto data = [&](const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-    const bool fits = t.dim() >= 1 && t.size(0) == rows && t.numel() == rows * columns;
-    STD_TORCH_CHECK(fits && t.is_contiguous() && element_of(t.scalar_type(), op) == type, op, ": ", name, " is not a contiguous ", rows, " x ",
-                    columns, " of the pictures' dtype");
-    return t.const_data_ptr();
-  };
-  if (down_weight) {
-    w.squeezed = down_weight->size(0);
-    w.down_weight = data(*down_weight, "down_weight", w.squeezed, channels);
-    if (down_bias) w.down_bias = data(*down_bias, "down_bias", w.squeezed, 1);
-  }
-  w.up_weight = data(up_weight, "up_weight", channels, w.squeezed);
-  if (up_bias) w.up_bias = data(*up_bias, "up_bias", channels, 1);
-  return w;
+  const int64_t squeezed = squeezed_channels(op, type, channels, down_weight, down_bias, up_weight, up_bias, gate, activation);
+  const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; };
+  return {channels, squeezed, element_of(type, op), static_cast<Gate>(gate), static_cast<Activation>(activation), data(down_weight),
+          down_weight ? data(down_bias) : nullptr, up_weight.const_data_ptr(), data(up_bias)};
 }
 
 void gate_forward(const GateWeights& w, const float* pooled, int64_t batch, float* s) {

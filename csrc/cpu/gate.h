@@ -25,9 +25,10 @@ struct GateGradients {
 };
 
 // Checks the tensors for op `op`; `type` is that of its pictures.
-GateWeights gate_weights(const char* op, Element type, int64_t channels, const std::optional<torch::stable::Tensor>& down_weight,
-                         const std::optional<torch::stable::Tensor>& down_bias, const torch::stable::Tensor& up_weight,
-                         const std::optional<torch::stable::Tensor>& up_bias, int64_t gate, int64_t activation);
+GateWeights gate_weights(const char* op, torch::headeronly::ScalarType type, int64_t channels,
+                         const std::optional<torch::stable::Tensor>& down_weight, const std::optional<torch::stable::Tensor>& down_bias,
+                         const torch::stable::Tensor& up_weight, const std::optional<torch::stable::Tensor>& up_bias, int64_t gate,
+                         int64_t activation);
 
 const AttentionKernel& choose_attention();
 

@@ -139,7 +139,7 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
   check_rcab_bias(bias1, weight1, "bias1");
   check_rcab_bias(bias2, weight2, "bias2");
   check_dense(weight2, bias2);
-  const GateWeights gate = gate_weights("rcab", b.type, features, down_weight, down_bias, up_weight, up_bias, kSigmoid, kRelu);
+  const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, up_bias, kSigmoid, kRelu);
   if (x.numel() == 0) return;
 
   PackedConvs convs(b.kernel, b.type, {{channels, features}, {features, channels}}, packed);
@@ -270,7 +270,7 @@ void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor att
   STD_TORCH_CHECK(gradients.empty() || gradients.size() == 8, "rcab: ", gradients.size(), " gradients; expected none or 8");
   for (const Tensor& t : gradients) STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type(), "rcab: a gradient is not contiguous, of x's dtype");
   if (x.numel() == 0) return;
-  const GateWeights gate = gate_weights("rcab", b.type, features, down_weight, down_bias, up_weight, std::nullopt, kSigmoid, kRelu);
+  const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, std::nullopt, kSigmoid, kRelu);
 
   std::vector<float> factors(2 * batch * features);
   Attention a;

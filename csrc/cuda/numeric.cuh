@@ -27,4 +27,27 @@ struct alignas(COUNT * sizeof(T)) Pack {
   T v[COUNT];
 };
 
+// An integer type of so many bytes.
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<2> { using type = unsigned short; };
+template <>
+struct WordOf<4> { using type = unsigned; };
+template <>
+struct WordOf<8> { using type = uint2; };
+template <>
+struct WordOf<16> { using type = uint4; };
+
+// Packs that nobody needs again soon: the L2 cache gives up their lines before others.
+template <class P>
+__device__ __forceinline__ P load_once(const P* p) {
+  return __builtin_bit_cast(P, __ldcs(reinterpret_cast<const typename WordOf<sizeof(P)>::type*>(p)));
+}
+template <class P>
+__device__ __forceinline__ void store_once(P* p, const P& pack) {
+  using Word = typename WordOf<sizeof(P)>::type;
+  __stcs(reinterpret_cast<Word*>(p), __builtin_bit_cast(Word, pack));
+}
+
 }  // namespace fastsr::cuda

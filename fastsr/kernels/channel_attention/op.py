@@ -41,11 +41,12 @@ from fastsr.kernels.gate import check as check_gate
 
 backends.register(
     "channel_attention",
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
     triton=("cpu", "cuda"),
     rules=(
         Rule("compiled", "two passes over memory in place of eager's eleven kernels", "cpu", FUSED_DTYPES),
-        Rule("triton", "two passes over memory; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("compiled", "two passes over memory, the second from L2 where it can; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "two passes over memory, for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
     ),
 )
 

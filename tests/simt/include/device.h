@@ -27,6 +27,17 @@ inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 template <class T>
 T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldcs(const T* p) { return *p; }
+template <class T>
+void __stcs(T* p, const T& v) { *p = v; }
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline void __syncthreads() { simt::running->barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::running->meet("__syncwarp", mask, nullptr, [](const auto&) {}); }
