@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": NETWORKS,
     "weights": {*NETWORKS, "models", "atomic"},
     "memory": NETWORKS,
-    "fusion": NETWORKS,
+    "fusion": {*NETWORKS, "kernels", "memory"},
     "upscaling": {*NETWORKS, "models", "weights", "atomic"},
     "bench": {*NETWORKS, "atomic", "kernels", "models", "weights", "memory", "fusion", "upscaling"},
     "cli": {*NETWORKS, "models", "weights", "memory", "fusion", "upscaling", "bench"},

@@ -13,6 +13,7 @@ from fastsr._version import __version__
 if TYPE_CHECKING:
     from fastsr import memory, models, nn, ops
     from fastsr.backends import BackendUnavailable, set_backend
+    from fastsr.fusion import fuse_, fused, unfuse_
     from fastsr.nn.freezing import freeze, unfreeze
     from fastsr.upscaling import upscale, upscale_many
     from fastsr.weights import WeightsError, load, save
@@ -22,20 +23,25 @@ _HOMES = {
     "BackendUnavailable": "backends",
     "WeightsError": "weights",
     "freeze": "nn.freezing",
+    "fuse_": "fusion",
+    "fused": "fusion",
     "load": "weights",
     "save": "weights",
     "set_backend": "backends",
     "unfreeze": "nn.freezing",
+    "unfuse_": "fusion",
     "upscale": "upscaling",
     "upscale_many": "upscaling",
 }
-_PACKAGES = ("backends", "memory", "models", "nn", "ops", "upscaling", "weights")
+_PACKAGES = ("backends", "fusion", "memory", "models", "nn", "ops", "upscaling", "weights")
 
 __all__ = [
     "BackendUnavailable",
     "WeightsError",
     "__version__",
     "freeze",
+    "fuse_",
+    "fused",
     "load",
     "memory",
     "models",
@@ -44,6 +50,7 @@ __all__ = [
     "save",
     "set_backend",
     "unfreeze",
+    "unfuse_",
     "upscale",
     "upscale_many",
 ]

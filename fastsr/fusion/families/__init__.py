@@ -1,0 +1,13 @@
+"""The families of blocks that our operators compute. A family's `match` knows its blocks by their parts, never by a class's name."""
+
+from fastsr.fusion.families.channel_attention import match_channel_attention
+from fastsr.fusion.families.dense_block import match_dense_block, match_rrdb
+from fastsr.fusion.families.family import Candidate, Fusion, Probe
+from fastsr.fusion.families.rcab import match_rcab
+
+#: Tried on a block before its parts, in this order.
+MATCHERS = (match_dense_block, match_rcab, match_channel_attention)
+#: Tried on a block once its parts are fused.
+COMPOSITES = (match_rrdb,)
+
+__all__ = ["COMPOSITES", "MATCHERS", "Candidate", "Fusion", "Probe"]

@@ -1,0 +1,173 @@
+"""`fuse_`, `unfuse_` and `fused`: our operators inside modules that someone else wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastsr.backends import BACKENDS, Backend
+from fastsr.fusion.costs import cost
+from fastsr.fusion.families import COMPOSITES, MATCHERS, Candidate, Fusion
+from fastsr.fusion.proof import bare_copy, identify, prove
+from fastsr.fusion.report import Cost, Report, Row
+from fastsr.fusion.structure import Refused, check_no_hooks, likeness
+from fastsr.fusion.swap import forward_of, restore, swap
+from fastsr.memory.planning import unwrapped
+from fastsr.nn import Conv3x3, Module
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
+
+
+def fuse_(model: nn.Module, filter_fn: Filter | None = None, backend: Backend = "auto") -> Report:
+    """Find the blocks in `model` that our operators compute, and let them: in place, one block after another.
+
+        1. match    a block's parts (their types, sizes and order, not their names) look like one of a family
+        2. identify a float64 copy of the block with random parameters agrees with the family's formula to 1e-9
+        3. prove    a copy with its own parameters obeys the twice-eager rule, output and gradients
+        4. swap     the instance's `forward`; nothing else
+
+    A block that fails at 2 or 3 is left as it was, with the reason in the report. Parameters and their names, hooks, the state dict,
+    `requires_grad`, device and dtype stay, and so do optimizers and checkpoints. Families: residual dense blocks and RRDBs, RCABs and CABs,
+    channel attention and squeeze-and-excitation.
+
+    Args:
+        model: any module; also one inside DDP or `torch.compile`.
+        filter_fn: called with each module and its name; where it returns False the block is not fused (its parts may be).
+        backend: of the operators: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        A report of all blocks that were fused, or looked as if they could be. `print` it.
+
+    Raises:
+        ValueError: `backend` does not exist.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse_: model is a {type(model).__name__}; expected a torch.nn.Module")
+    inner = unwrapped(model)
+    walk = _Walk(filter_fn, backend)
+    walk.visit("", inner)
+    if inner is not model and walk.swapped:
+        torch.compiler.reset()  # graphs that were compiled of the model as it was
+    return Report(model, tuple(walk.rows))
+
+
+def unfuse_(model: AnyModule) -> AnyModule:
+    """Give every fused block of `model` back the forward that it had. Returns `model` itself."""
+    for module in unwrapped(model).modules():
+        restore(module)
+    return model
+
+
+class fused:
+    """Fuse inside a `with` block: `with fastsr.fused(model) as report: ...`. Arguments as those of `fuse_`.
+
+    At its end the blocks that it fused are as they were before; blocks that were fused already stay so.
+    """
+
+    def __init__(self, model: nn.Module, filter_fn: Filter | None = None, backend: Backend = "auto") -> None:
+        self._arguments = (model, filter_fn, backend)
+        self._fused: list[nn.Module] = []
+
+    def __enter__(self) -> Report:
+        report = fuse_(*self._arguments)
+        modules = dict(unwrapped(report.model).named_modules())
+        self._fused = [modules[name] for name in report.fused]
+        return report
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for module in self._fused:
+            restore(module)
+
+
+class _Walk:
+    """A walk through a model: blocks before their parts, composites after them."""
+
+    def __init__(self, filter_fn: Filter | None, backend: Backend) -> None:
+        self.filter_fn, self.backend = filter_fn, backend
+        self.rows: list[Row] = []
+        self.swapped = 0
+        self.seen: set[int] = set()
+        self.known: dict[Any, Fusion] = {}  # what blocks that are alike compute
+        self.costs: dict[Any, tuple[Cost, Cost]] = {}
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        if id(module) in self.seen or isinstance(module, (Module, Conv3x3)):  # our own, inside and out
+            return
+        self.seen.add(id(module))
+        place = len(self.rows)
+        if self.attempt(name, module, MATCHERS, place):
+            return
+        for child_name, child in module.named_children():
+            self.visit(f"{name}.{child_name}" if name else child_name, child)
+        self.attempt(name, module, COMPOSITES, place)
+
+    def attempt(self, name: str, module: nn.Module, matchers: Iterable[Callable[[nn.Module], Candidate | None]], place: int) -> bool:
+        """Fuse `module` if one of `matchers` knows it; True if its parts need no visit. The row goes to `place`."""
+        for match in matchers:
+            kind = "block"
+            try:
+                candidate = match(module)
+                if candidate is None:
+                    continue
+                kind = candidate.kind
+                fusion, costs = self.fuse(name, module, candidate)
+            except Refused as reason:
+                kind = _KINDS.get(match.__name__, kind)
+                self.rows.insert(place, Row(name, kind, False, str(reason)))
+                return False
+            self.rows.insert(place, Row(name, fusion.kind, True, "", *costs))
+            return True
+        return False
+
+    def fuse(self, name: str, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, Cost] | tuple[()]]:
+        """Steps 2 to 4."""
+        self.check(name, module)
+        key = likeness(module)
+        try:
+            fusion = self.known.get(key) or identify(module, candidate)
+            prove(module, fusion, candidate.input_shape, self.backend)
+        except Refused:
+            raise
+        except Exception as error:  # the block's own code, on an input that it was not made for
+            raise Refused(f"its proof failed: {type(error).__name__}: {error}") from error
+        if key is None or key not in self.costs:
+            before = cost(bare_copy(module), candidate.input_shape)
+            swap(module, fusion, self.backend)
+            costs = (before, cost(module, candidate.input_shape))
+        else:
+            swap(module, fusion, self.backend)
+            costs = self.costs[key]
+        if key is not None:
+            self.known[key], self.costs[key] = fusion, costs
+        self.swapped += 1
+        return fusion, costs
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """What does not depend on the kind of block.
+
+        Raises:
+            Refused: with the reason.
+        """
+        if forward_of(module) is not None:
+            raise Refused("it is fused already")
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            raise Refused("filter_fn left it out")
+        if "forward" in module.__dict__:
+            raise Refused("its forward was replaced on the instance")
+        check_no_hooks(module)
+        for parameter in module.parameters():
+            if parameter.is_meta:
+                raise Refused("its parameters are on the meta device; fuse once they are materialised")
+            if type(parameter) is not nn.Parameter:
+                raise Refused(f"its parameters are of type {type(parameter).__name__}; fuse before fully_shard or quantisation")
+
+
+#: Names of families for the rows of blocks that their `match` refuses.
+_KINDS = {"match_dense_block": "residual dense block", "match_rrdb": "RRDB", "match_rcab": "RCAB", "match_channel_attention": "channel attention"}

@@ -1,0 +1,183 @@
+"""Every spelling is known by its structure, computes what it did, and what is another function is left with a reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+import fastsr
+from fastsr.fusion.swap import forward_of
+from tests.fusion import toys
+from tests.harness import ALL_DTYPES, DEVICE, assert_close_as_eager, random_tensor
+from tests.models.eager_rcan import EagerRCAB, OfficialRCAN
+from tests.models.eager_rrdbnet import EagerResidualDenseBlock, EagerRRDB
+
+#: name -> (block, its kind in the report)
+KNOWN = {
+    "dense, functional": (lambda: EagerResidualDenseBlock(8, 4), "residual dense block"),
+    "dense, in Sequentials": (toys.DenseSequential, "residual dense block"),
+    "dense, seven convolutions": (lambda: toys.DenseSequential(5, 3, 7, 0.2, 1 / 3), "residual dense block"),
+    "dense, other order": (toys.DenseRelu, "residual dense block"),
+    "RRDB": (lambda: EagerRRDB(8, 4), "RRDB"),
+    "chain of two": (toys.Chain, "RRDB"),
+    "attention of BasicSR": (lambda: EagerRCAB(8, 2).rcab[3], "channel attention"),
+    "attention of RCAN": (lambda: OfficialRCAN(8, 1, 1, 2).body[0].body[0].body[3], "channel attention"),
+    "linear gate": (toys.LinearGate, "channel attention"),
+    "functional gate": (toys.FunctionalGate, "channel attention"),
+    "hard gate": (toys.HardGate, "channel attention"),
+    "hard gate without squeeze": (lambda: toys.HardGate(squeeze=False), "channel attention"),
+    "no gate": (toys.NoGate, "channel attention"),
+    "RCAB of BasicSR": (lambda: EagerRCAB(8, 2, 0.7), "RCAB"),
+    "RCAB in place": (toys.InPlaceRcab, "RCAB"),
+    "RCAB with leaky ReLU": (lambda: toys.AttentionTail(act=nn.LeakyReLU(0.1), scale=0.5), "RCAB"),
+    "CAB": (toys.AttentionTail, "CAB"),
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return KNOWN[name][0]().to(DEVICE)
+
+
+def features(block: nn.Module) -> int:
+    return next(m.in_features if isinstance(m, nn.Linear) else m.in_channels for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+
+
+def steps(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    y = block(x * 1)
+    (y.float() * random_tensor(y.shape, torch.float32, 5)).sum().backward()
+    return [y.detach(), *(t.grad.clone() for t in (x, *block.parameters()))]
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_blocks_are_fused_and_equal(name, dtype):
+    block = made(name).to(dtype)
+    truth, plain = copy.deepcopy(block).double(), copy.deepcopy(block)
+    x = random_tensor((2, 6 if name == "dense, other order" else features(block), 7, 9), dtype, 3)
+    report = fastsr.fuse_(block)
+    assert report.rows[0].fused, report
+    assert report.rows[0].kind == KNOWN[name][1]
+    assert forward_of(block).applies(x)
+    for k, (ours, eager, true) in enumerate(zip(steps(block, x), steps(plain, x), steps(truth, x.double()), strict=True)):
+        assert_close_as_eager(f"{name}: {k}", ours, eager, true)
+    with torch.no_grad():
+        assert_close_as_eager(name, block(x), plain(x), truth(x.double()))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_block_keeps_and_moves_is_predicted(name):
+    report = fastsr.fuse_(made(name))
+    row = report.rows[0]
+    assert 0 < row.after.moved < row.before.moved
+    assert 0 < row.after.saved < 1.05 * row.before.saved + 8
+    assert "fused" in str(report)
+    assert row.name in str(report)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_backend_reaches_the_operators(backend, monkeypatch):
+    from fastsr import backends
+
+    seen = []
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda op, name, *rest: seen.append(name) or choose(op, name, *rest))
+    block = made("RRDB")
+    fastsr.fuse_(block, backend=backend)
+    seen.clear()
+    block(random_tensor((1, 8, 5, 5), torch.float32, 0))
+    assert seen == [backend] * 3
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        fastsr.fuse_(block, backend="fast")
+
+
+def without_bias_twice():
+    block = toys.DenseSequential()
+    block.step0[0].register_forward_hook(lambda *_: None)
+    return block
+
+
+def patched():
+    block = toys.DenseSequential()
+    block.out.forward = block.out.forward
+    return block
+
+
+def replaced():
+    block = toys.DenseSequential()
+    block.forward = block.forward
+    return block
+
+
+def with_conv(change):
+    def make():
+        block = toys.DenseSequential()
+        change(block.step1)
+        return block
+
+    return make
+
+
+#: name -> (block, what the reason says)
+LEFT = {
+    "noise in training": (toys.Noisy, "random in training mode"),
+    "another output in training": (toys.Muted, "in training mode its output differs"),
+    "a norm": (toys.Normed, "differs"),
+    "writes into its input": (toys.Vandal, "changes its input"),
+    "a gain": (toys.Gain, "has parameters or buffers that a residual dense block does not know"),
+    "ESRGAN+": (lambda: EagerResidualDenseBlock(8, 4, plus=True), r"conv1x1 \(Conv2d\) has parameters"),
+    "a hook inside": (without_bias_twice, "step0.0 has hooks"),
+    "a patched part": (patched, "forward of out was replaced"),
+    "a patched block": (replaced, "forward was replaced on the instance"),
+    "dilation": (with_conv(lambda s: setattr(s[0], "dilation", (2, 2))), r"step1.0 has dilation \(2, 2\)"),
+    "circular padding": (with_conv(lambda s: setattr(s[0], "padding_mode", "circular")), "padding_mode 'circular'"),
+    "weight norm": (with_conv(lambda s: parametrizations.weight_norm(s[0])), "ParametrizedConv2d"),
+    "spectral norm": (with_conv(lambda s: parametrizations.spectral_norm(s[0])), "ParametrizedConv2d"),
+    "old weight norm": (with_conv(lambda s: weight_norm(s[0])), "step1.0 has hooks"),
+    "old spectral norm": (with_conv(lambda s: spectral_norm(s[0])), "parameters or buffers|hooks"),
+    "on meta": (lambda: toys.DenseSequential().to("meta"), "meta device"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", LEFT)
+def test_other_blocks_are_left_with_a_reason(name):
+    block, reason = LEFT[name]
+    block = block()
+    before = dict(block.__dict__)
+    report = fastsr.fuse_(block)
+    assert not report.fused
+    assert any(forward_of(m) for m in block.modules()) is False
+    import re
+
+    assert re.search(reason, report.rows[0].reason), report.rows[0].reason
+    assert reason.split("|")[0][:4] in str(report) or report.rows
+    assert block.__dict__.keys() == before.keys()
+
+
+def test_nothing_to_fuse():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    report = fastsr.fuse_(model)
+    assert report.rows == ()
+    assert "nothing to fuse" in str(report)
+    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+        fastsr.fuse_(model.state_dict())
+
+
+def test_our_own_modules_are_not_touched():
+    report = fastsr.fuse_(nn.Sequential(fastsr.nn.RRDB(8, 4), fastsr.nn.RCAB(8, 2)))
+    assert report.rows == ()
+
+
+def test_attention_inside_a_block_that_is_left_is_fused():
+    block = toys.AttentionTail(act=nn.Tanh())
+    report = fastsr.fuse_(block)
+    assert [row.fused for row in report.rows][0] is False
+    assert report.fused == ("cab.3",)
