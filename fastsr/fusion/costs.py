@@ -37,8 +37,10 @@ class Traffic(TorchDispatchMode):
 def cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     """Of a block that takes images of `input_shape`'s channels."""
     shape, dtype = (1, input_shape[1], SIDE, SIDE), next(module.parameters()).dtype
-    with fake_model(module, shape, dtype) as (fake, x), Traffic() as traffic, torch.no_grad():
-        fake(x)
+    with fake_model(module, shape, dtype) as (fake, x), torch.no_grad():
+        x = x.contiguous(memory_format=torch.channels_last)  # as between fused blocks
+        with Traffic() as traffic:
+            fake(x)
     with fake_model(module, shape, dtype) as (fake, x):
-        memory = track(fake.requires_grad_(), x)
+        memory = track(fake.requires_grad_(), x.contiguous(memory_format=torch.channels_last))
     return Cost(memory.saved / SIDE**2, traffic.bytes / SIDE**2)

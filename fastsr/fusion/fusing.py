@@ -31,7 +31,8 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, backend: Backend = 
         3. prove    a copy with its own parameters obeys the twice-eager rule, output and gradients
         4. swap     the instance's `forward`; nothing else
 
-    A block that fails at 2 or 3 is left as it was, with the reason in the report. Parameters and their names, hooks, the state dict,
+    A block that fails at 2 or 3 is left as it was, with the reason in the report. Of blocks that are alike (class, parts, sizes and every
+    plain attribute; only the values of parameters differ) the first is proven. Parameters and their names, hooks, the state dict,
     `requires_grad`, device and dtype stay, and so do optimizers and checkpoints. Families: residual dense blocks and RRDBs, RCABs and CABs,
     channel attention and squeeze-and-excitation.
 
@@ -94,8 +95,7 @@ class _Walk:
         self.rows: list[Row] = []
         self.swapped = 0
         self.seen: set[int] = set()
-        self.known: dict[Any, Fusion] = {}  # what blocks that are alike compute
-        self.costs: dict[Any, tuple[Cost, Cost]] = {}
+        self.known: dict[Any, tuple[Fusion, tuple[Cost, Cost]]] = {}  # by `likeness`
 
     def visit(self, name: str, module: nn.Module) -> None:
         if id(module) in self.seen or isinstance(module, (Module, Conv3x3)):  # our own, inside and out
@@ -126,26 +126,27 @@ class _Walk:
             return True
         return False
 
-    def fuse(self, name: str, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, Cost] | tuple[()]]:
+    def fuse(self, name: str, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, Cost]]:
         """Steps 2 to 4."""
         self.check(name, module)
         key = likeness(module)
+        if key in self.known:
+            fusion, costs = self.known[key]
+            swap(module, fusion, self.backend)
+            self.swapped += 1
+            return fusion, costs
         try:
-            fusion = self.known.get(key) or identify(module, candidate)
+            fusion = identify(module, candidate)
             prove(module, fusion, candidate.input_shape, self.backend)
+            before = cost(bare_copy(module), candidate.input_shape)
         except Refused:
             raise
         except Exception as error:  # the block's own code, on an input that it was not made for
             raise Refused(f"its proof failed: {type(error).__name__}: {error}") from error
-        if key is None or key not in self.costs:
-            before = cost(bare_copy(module), candidate.input_shape)
-            swap(module, fusion, self.backend)
-            costs = (before, cost(module, candidate.input_shape))
-        else:
-            swap(module, fusion, self.backend)
-            costs = self.costs[key]
+        swap(module, fusion, self.backend)
+        costs = (before, cost(module, candidate.input_shape))
         if key is not None:
-            self.known[key], self.costs[key] = fusion, costs
+            self.known[key] = fusion, costs
         self.swapped += 1
         return fusion, costs
 
@@ -170,4 +171,9 @@ class _Walk:
 
 
 #: Names of families for the rows of blocks that their `match` refuses.
-_KINDS = {"match_dense_block": "residual dense block", "match_rrdb": "RRDB", "match_rcab": "RCAB", "match_channel_attention": "channel attention"}
+_KINDS = {
+    "match_dense_block": "residual dense block",
+    "match_rrdb": "RRDB",
+    "match_rcab": "RCAB or CAB",
+    "match_channel_attention": "channel attention",
+}

@@ -69,9 +69,8 @@ class Measurement:
         lines = [f"{what} on {self.input_shape}: {before * 1e3:.1f} -> {after * 1e3:.1f} ms ({before / after:.2f} times as fast)"]
         if self.memory is not None:
             old, new = self.memory
-            lines.append(
-                f"saved for backward {format_bytes(old.saved)} -> {format_bytes(new.saved)}, peak {format_bytes(old.peak)} -> {format_bytes(new.peak)}"
-            )
+            saved, peak = ((format_bytes(a), format_bytes(b)) for a, b in ((old.saved, new.saved), (old.peak, new.peak)))
+            lines.append(f"saved for backward {saved[0]} -> {saved[1]}, peak {peak[0]} -> {peak[1]}")
         lines.append(f"largest difference of the outputs {self.difference:.1e}, of {self.scale:.1e}")
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from torch import nn
 #: The names that lead from a block to one of its parts.
 Path = tuple[str, ...]
 
+PARAMETRIZED = ", without weight norm or spectral norm"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Set by torch, or meant to change.
 _NOT_WATCHED = {"training", "save", "call_super_init", "dump_patches", "T_destination", "_is_full_backward_hook", "_compiled_call_impl"}
@@ -29,12 +30,17 @@ def part(module: nn.Module, path: Path) -> Any:
 
 
 def owners(module: nn.Module) -> list[tuple[Path, nn.Module]]:
-    """The parts (the block itself too) that have parameters or buffers of their own, in the order of registration."""
-    return [
-        (tuple(name.split(".")) if name else (), m)
-        for name, m in module.named_modules()
-        if any(p is not None for p in (*m._parameters.values(), *m._buffers.values()))
-    ]
+    """The parts (the block itself too) that have parameters or buffers of their own, in the order of registration.
+
+    A layer with parametrizations (weight norm, spectral norm) counts as one part.
+    """
+    found = []
+    for name, m in module.named_modules():
+        path = tuple(name.split(".")) if name else ()
+        own = hasattr(m, "parametrizations") or any(p is not None for p in (*m._parameters.values(), *m._buffers.values()))
+        if own and "parametrizations" not in path:
+            found.append((path, m))
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -50,7 +56,7 @@ def check_plain(path: Path, conv: nn.Module, size: int) -> None:
     """
     name = ".".join(path)
     if type(conv) is not nn.Conv2d:
-        raise Refused(f"{name} is a {type(conv).__name__}; expected a plain nn.Conv2d")
+        raise Refused(f"{name} is a {type(conv).__name__}; expected a plain nn.Conv2d{PARAMETRIZED * hasattr(conv, 'parametrizations')}")
     wanted = {
         "kernel_size": (size, size),
         "stride": (1, 1),
@@ -104,9 +110,7 @@ def likeness(module: nn.Module) -> Any:
 
 def watch(modules: Sequence[nn.Module]) -> list[tuple[type, tuple[tuple[str, Any], ...]]]:
     """The class and the plain attributes of each module: what a fused forward takes for granted."""
-    return [
-        (type(m), tuple((k, v) for k, v in m.__dict__.items() if k not in _NOT_WATCHED and isinstance(v, _SCALARS))) for m in modules
-    ]
+    return [(type(m), tuple((k, v) for k, v in m.__dict__.items() if k not in _NOT_WATCHED and isinstance(v, _SCALARS))) for m in modules]
 
 
 def unchanged(modules: Sequence[nn.Module], watched: Sequence[tuple[type, tuple[tuple[str, Any], ...]]]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def made(name: str) -> nn.Module:
 
 
 def features(block: nn.Module) -> int:
-    return next(m.in_features if isinstance(m, nn.Linear) else m.in_channels for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    layer = next(m for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def steps(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -98,7 +100,7 @@ def test_backend_reaches_the_operators(backend, monkeypatch):
         fastsr.fuse_(block, backend="fast")
 
 
-def without_bias_twice():
+def hooked():
     block = toys.DenseSequential()
     block.step0[0].register_forward_hook(lambda *_: None)
     return block
@@ -133,7 +135,7 @@ LEFT = {
     "writes into its input": (toys.Vandal, "changes its input"),
     "a gain": (toys.Gain, "has parameters or buffers that a residual dense block does not know"),
     "ESRGAN+": (lambda: EagerResidualDenseBlock(8, 4, plus=True), r"conv1x1 \(Conv2d\) has parameters"),
-    "a hook inside": (without_bias_twice, "step0.0 has hooks"),
+    "a hook inside": (hooked, "step0.0 has hooks"),
     "a patched part": (patched, "forward of out was replaced"),
     "a patched block": (replaced, "forward was replaced on the instance"),
     "dilation": (with_conv(lambda s: setattr(s[0], "dilation", (2, 2))), r"step1.0 has dilation \(2, 2\)"),
@@ -155,10 +157,8 @@ def test_other_blocks_are_left_with_a_reason(name):
     report = fastsr.fuse_(block)
     assert not report.fused
     assert any(forward_of(m) for m in block.modules()) is False
-    import re
-
     assert re.search(reason, report.rows[0].reason), report.rows[0].reason
-    assert reason.split("|")[0][:4] in str(report) or report.rows
+    assert report.rows[0].reason in str(report)
     assert block.__dict__.keys() == before.keys()
 
 
@@ -167,7 +167,7 @@ def test_nothing_to_fuse():
     report = fastsr.fuse_(model)
     assert report.rows == ()
     assert "nothing to fuse" in str(report)
-    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         fastsr.fuse_(model.state_dict())
 
 
@@ -179,5 +179,5 @@ def test_our_own_modules_are_not_touched():
 def test_attention_inside_a_block_that_is_left_is_fused():
     block = toys.AttentionTail(act=nn.Tanh())
     report = fastsr.fuse_(block)
-    assert [row.fused for row in report.rows][0] is False
+    assert not report.rows[0].fused
     assert report.fused == ("cab.3",)

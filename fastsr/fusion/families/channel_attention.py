@@ -88,7 +88,7 @@ def match_channel_attention(module: nn.Module) -> Candidate | None:
 
     def hypotheses(probe: Probe) -> Iterator[ChannelAttention]:
         for gate in gates(module):
-            for activation in squeezes(module) if len(paths) == 2 else ("relu",):
+            for activation in squeezes(module)[: None if len(paths) == 2 else 1]:
                 yield ChannelAttention(paths, gate, activation)
 
     return Candidate(ChannelAttention.kind, (2, channels, 5, 6), hypotheses)

@@ -26,10 +26,8 @@ class DenseBlock(Fusion):
 
     def run(self, module: nn.Module, x: Tensor, backend: Backend, residual: Tensor | None = None, residual_scale: float = 1.0) -> Tensor:
         weights, biases = self.parameters(module)
-        save = getattr(module, "save", "all")
-        return ops.dense_block(
-            x, weights, biases, self.negative_slope, self.res_scale, residual, residual_scale, save=save, backend=backend
-        )
+        options = {"save": getattr(module, "save", "all"), "backend": backend}
+        return ops.dense_block(x, weights, biases, self.negative_slope, self.res_scale, residual, residual_scale, **options)  # type: ignore[arg-type]
 
 
 def match_dense_block(module: nn.Module) -> Candidate | None:
@@ -105,5 +103,3 @@ def match_rrdb(module: nn.Module) -> Candidate | None:
 
     features = part(module, convs[0]).in_channels
     return Candidate(RRDB.kind, (1, features, 5, 6), hypotheses)
-
-

@@ -93,7 +93,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.
 
 
 def channels_grow(convs: Sequence[nn.Conv2d]) -> bool:
-    """True if each of the convolutions, sorted by inputs, reads what all before it read and wrote, and the last writes what the first read."""
+    """True if each of the convolutions, sorted by inputs, reads all that those before it read and wrote; the last ends where the first began."""
     grown = convs[0].in_channels
     for conv in convs:
         if conv.in_channels != grown:

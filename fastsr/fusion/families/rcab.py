@@ -97,5 +97,3 @@ def match_rcab(module: nn.Module) -> Candidate | None:
                         yield AttentionBlock(paths, act, gate, activation, scale)
 
     return Candidate("RCAB or CAB", (1, features, 5, 6), hypotheses)
-
-
