@@ -1,7 +1,7 @@
 """RCAN x4: the whole network of 400 layers in its blocks on one image, forward; and a training step on 16 patches with one of
 its ten groups, which are alike (the whole would take a minute for the answer in float64 alone).
 
-All runners have the same weights; the answer of each is compared with the eager network in float64. A training step computes
+All runners have the same weights; the answer of each is compared with the eager network in float64, as `fastsr.bench.gate` says. A training step computes
 all gradients and is judged by the output, the picture's gradient, and those of the first and of the last but one convolution.
 """
 
@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from fastsr.bench.case import DTYPES, Case, Inputs
+from fastsr.bench.case import DTYPES, Case, Inputs, corner
 from fastsr.bench.cases.models import builders
 from fastsr.bench.cases.peers import eager
 from fastsr.bench.suite import Options
@@ -19,7 +19,8 @@ from fastsr.models import RCAN
 
 #: (batch, height, width)
 FORWARD = {"full": ((1, 128, 128), (1, 256, 256)), "quick": ((1, 32, 32),), "tiny": ((1, 8, 8),)}
-TRAINING = {"full": ((16, 48, 48),), "quick": ((4, 24, 24),), "tiny": ((1, 8, 8),)}
+TRAINING = {"full": ((16, 48, 48), (32, 64, 64)), "quick": ((4, 24, 24),), "tiny": ((1, 8, 8),)}
+CROP = 64
 GROUPS, TRAINED_GROUPS = 10, 1
 
 
@@ -46,6 +47,7 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
     with torch.device("meta"):
         network = plain()
     direction = "forward+backward" if backward else "forward"
+    flops = n * eager.conv_flops(network, h, w) * (3 if backward else 1)
     element = torch.finfo(DTYPES[dtype]).bits // 8
     return Case(
         suite="models",
@@ -54,10 +56,11 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
         device=options.device,
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": 64, "num_group": groups, "num_block": 20, "squeeze_factor": 16, "direction": direction},
-        flops=n * eager.conv_flops(network, h, w) * (3 if backward else 1),
+        flops=flops,
         bytes=float(element * (1 + backward) * (3 * n * h * w * 17 + sum(p.numel() for p in network.parameters()))),
         state=builders.state_like(plain, 1 / 3),  # that of torch's initialisation
         inputs=inputs,
         eager=builders.eager(plain, finish),
         runners=builders.runners(plain, ours, dtype, options, finish),
+        crop=None if backward else corner(CROP, flops),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsr
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, Unavailable
+from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, Unavailable, corner
 from fastsr.bench.cases.peers import eager, ncnn_runtime, onnx_runtime, openvino_runtime, tensorrt_runtime
 from fastsr.bench.cases.peers.rivals import Wrap, plain_runners
 from fastsr.bench.suite import Options
@@ -44,6 +44,7 @@ def _case(options: Options, dtype: str, weights: str, blocks: int, image: tuple[
     def build(wrap: Wrap) -> Builder:
         return lambda state: wrap(_loaded(state, blocks))
 
+    flops = eager.conv_flops(network, h, w)
     runners = {name: Runner(functools.partial(_ours, weights=weights, backend=name)) for name in ("auto", "compiled", "triton")}
     runners |= plain_runners(build, dtype, options)
     if options.device == "cpu":
@@ -61,12 +62,13 @@ def _case(options: Options, dtype: str, weights: str, blocks: int, image: tuple[
         device=options.device,
         dtype=dtype,
         sizes={"n": 1, "h": h, "w": w, "num_block": blocks, "direction": "forward"},
-        flops=eager.conv_flops(network, h, w),
+        flops=flops,
         bytes=float(element * (3 * h * w * 17 + sum(p.numel() for p in network.parameters()))),
         state=lambda generator: dict(_load(weights).state_dict()),
         inputs=functools.partial(_crop, h=h, w=w),
         eager=build(lambda network: network),
         runners=runners,
+        crop=corner(64, flops),
     )
 
 

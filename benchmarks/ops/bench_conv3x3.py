@@ -20,7 +20,7 @@ from fastsr.kernels.conv3x3.reference import conv3x3 as eager_conv3x3
 
 #: (in, out) channels: RCAN's body and RRDBNet's tail, then the five convolutions of a dense block.
 CHANNELS = ((64, 64), (64, 32), (96, 32), (128, 32), (160, 32), (192, 64))
-IMAGES = ((16, 48, 48), (1, 256, 256))
+IMAGES = ((16, 48, 48), (32, 64, 64), (1, 128, 128), (1, 256, 256))
 LARGE = (1, 540, 960)
 
 SLOPE = 0.2

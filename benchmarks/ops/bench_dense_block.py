@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 from fastsr import ops
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, corner, with_gradients
 from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.dense_block.reference import dense_block as eager_dense_block
 
 FEATURES, GROWTH, CONVS = 64, 32, 5
-IMAGES = {"tiny": ((2, 5, 19),), "quick": ((16, 48, 48),), "full": ((16, 48, 48), (1, 128, 128), (1, 256, 256), (1, 540, 960))}
+IMAGES = {
+    "tiny": ((2, 5, 19),),
+    "quick": ((16, 48, 48),),
+    "full": ((16, 48, 48), (32, 64, 64), (1, 128, 128), (1, 256, 256), (1, 540, 960)),
+}
 
 
 def cases(options: Options) -> list[Case]:
@@ -56,6 +60,7 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
     weights = sum(torch.Size(s).numel() for s in shapes)
     values = n * h * w * FEATURES * (5 if backward else 2) + weights * (3 if backward else 1)
     direction = "forward+backward" if backward else "forward"
+    flops = 2.0 * weights * n * h * w * (3 if backward else 1)
     return Case(
         suite="ops",
         subject="dense_block",
@@ -63,12 +68,13 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
         device=options.device,
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": FEATURES, "num_grow_ch": GROWTH, "direction": direction},
-        flops=2.0 * weights * n * h * w * (3 if backward else 1),
+        flops=flops,
         bytes=float(values * (torch.finfo(DTYPES[dtype]).bits // 8)),
         state=state,
         inputs=inputs,
         eager=_finish(_builder(eager_dense_block), backward),
         runners=runners,
+        crop=None if backward else corner(128, flops),
     )
 
 

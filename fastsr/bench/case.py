@@ -21,6 +21,9 @@ Builder = Callable[[State], Call]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: Operations of which float64 on two cores takes seconds, not minutes: beyond, a forward case names a `crop`.
+AFFORDABLE_FLOPS = 2e11
+
 #: The eager runner that ratios are taken against: what a careful user has without this package.
 BASELINE = "eager channels-last"
 
@@ -44,7 +47,8 @@ class Case:
     `inputs` draws a fresh set from a generator; `state` draws the weights, which are equal in all processes.
     `eager` is the plain computation: in float64 it is the truth, in the case's dtype it sets the error allowed.
     `flops` counts a multiply-add as two, as a direct convolution has them; `bytes` counts each input read once
-    and each output written once.
+    and each output written once. `crop` is for a forward case whose float64 would take minutes: it cuts the inputs to a size
+    that the same call can take (see `fastsr.bench.gate`).
     """
 
     suite: Literal["ops", "models", "scaling"]
@@ -59,6 +63,7 @@ class Case:
     inputs: Callable[[torch.Generator], Inputs]
     eager: Builder
     runners: Mapping[str, Runner] = field(default_factory=dict)
+    crop: Callable[[Inputs], Inputs] | None = None
     threads: int | None = None  # CPU threads, where the case is about their number
 
     @property
@@ -87,6 +92,11 @@ def with_gradients(build: Builder, count: int) -> Builder:
         return call
 
     return build_both
+
+
+def corner(side: int, flops: float) -> Callable[[Inputs], Inputs] | None:
+    """The crop of a forward case on images: their upper left corner of so many pixels a side; None where float64 is affordable."""
+    return None if flops <= AFFORDABLE_FLOPS else lambda inputs: tuple(t[..., :side, :side] for t in inputs)
 
 
 def to_layout(tensors: Inputs, channels_last: bool) -> Inputs:

@@ -6,6 +6,12 @@ For every output y of a call, with y64 from the eager computation in float64 on 
                  the largest such ratio of a plane (image, channel), its max |y64| counting as at least 1/16 of the tensor's
     2. allowed = 2 * e(eager in the same dtype) + 2 * eps(dtype), eager's e being the larger of NCHW and channels-last
     3. the runner passes if e(y) <= allowed, on every set of inputs
+
+A case with a `crop` is one whose float64 would take minutes. The same call must then pass twice on every set of inputs:
+
+    4. on the crop of the inputs, steps 1 to 3 as they stand
+    5. on the whole inputs with eager float32 in place of y64: in a lower precision step 2 as it stands, since float32 is as good as
+       exact there; in float32, where eager is no better than what is judged, `allowed` is the crop's
 """
 
 from __future__ import annotations
@@ -24,6 +30,17 @@ from fastsr.bench.case import Builder, Call, Case, Inputs, State, to_layout
 GATE_SEEDS = (9001, 9002)
 STATE_SEED = 7
 HOLD_CYCLES = 40_000_000
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the answers to one set of inputs, whole or cropped, are compared with."""
+
+    seed: int
+    cropped: bool
+    outputs: list[Tensor]
+    planes: list[bool]  # whether each output is judged by (image, channel) too
+    plain: list[tuple[float, float]]  # eager's errors, of each output's tensor and of its worst plane
 
 
 @dataclass(frozen=True)
@@ -56,46 +73,62 @@ def draw_inputs(case: Case, seed: int, dtype: torch.dtype, channels_last: bool =
 
 def prepare(case: Case, path: Path) -> None:
     """Compute the truth and eager's error for every set of inputs, and keep both in `path` for the runners."""
-    low = _dtype(case)
-    kept = []
+    low, kept = _dtype(case), []
     for seed in GATE_SEEDS:
-        truth = [y.cpu() for y in _outputs(case.eager, case, seed, torch.float64)]
-        images = {truth[0].shape, draw_inputs(case, seed, low)[0].shape}
-        planes = [t.dim() == 4 and t.shape in images for t in truth]
+        exact = _truth(case, seed, torch.float64, cropped=case.crop is not None)
+        kept.append(exact)
+        if case.crop is not None:
+            plain = exact.plain if low == torch.float32 else None
+            kept.append(_truth(case, seed, torch.float32, cropped=False, plain=plain))
+    torch.save([asdict(truth) for truth in kept], path)
+
+
+def _truth(case: Case, seed: int, wide: torch.dtype, cropped: bool, plain: list[tuple[float, float]] | None = None) -> Truth:
+    """Eager's answer in `wide`, and its errors in the case's dtype unless they are given."""
+    low = _dtype(case)
+    # Of a whole case in float32 the truth is eager itself, in the layout that is the baseline's.
+    outputs = [y.cpu() for y in _outputs(case, seed, wide, cropped, channels_last=wide == torch.float32)]
+    images = {outputs[0].shape, _inputs(case, seed, low, cropped)[0].shape}
+    planes = [t.dim() == 4 and t.shape in images for t in outputs]
+    if plain is None:
         # Both layouts are plain PyTorch, with different algorithms and errors beneath.
         by_layout = [
-            [errors(y.cpu(), t, p) for y, t, p in zip(_outputs(case.eager, case, seed, low, channels_last), truth, planes, strict=True)]
-            for channels_last in (False, True)
+            [errors(y.cpu(), t, p) for y, t, p in zip(_outputs(case, seed, low, cropped, layout), outputs, planes, strict=True)]
+            for layout in (False, True)
         ]
         plain = [(max(a[0], b[0]), max(a[1], b[1])) for a, b in zip(*by_layout, strict=True)]
-        kept.append((truth, planes, plain))
-    torch.save(kept, path)
+    return Truth(seed, cropped, outputs, planes, plain)
 
 
 def judge(case: Case, call: Call, path: Path, sets: list[Inputs] | None = None, channels_last: bool = True) -> Verdict:
     """Put every gate input through `call` and compare. With `sets`, the numbers are copied into those tensors first,
-    so that the very storages which were timed are judged again."""
+    so that the very storages which were timed are judged again; crops, which are no such storage, are left out."""
     eps = torch.finfo(_dtype(case)).eps
     worst = Verdict(True, 0.0, math.inf)
-    for index, (seed, (truth, planes, plain)) in enumerate(zip(GATE_SEEDS, torch.load(path), strict=True)):
-        inputs = draw_inputs(case, seed, _dtype(case), channels_last)
+    truths = [Truth(**kept) for kept in torch.load(path)]
+    for truth in truths:
+        if sets and truth.cropped:
+            continue
+        inputs = _inputs(case, truth.seed, _dtype(case), truth.cropped, channels_last)
         if sets:
+            mine = sets[GATE_SEEDS.index(truth.seed) % len(sets)]
             hold_stream(case.device)
-            for mine, drawn in zip(sets[index % len(sets)], inputs, strict=True):
-                mine.copy_(drawn)
-            inputs = sets[index % len(sets)]
+            for timed, drawn in zip(mine, inputs, strict=True):
+                timed.copy_(drawn)
+            inputs = mine
         answer = call(*inputs)
         outputs = answer if isinstance(answer, tuple) else (answer,)
-        if len(outputs) != len(truth):
-            return Verdict(False, math.inf, 0.0, f"{len(outputs)} outputs; expected {len(truth)}")
-        for number, (y, t, p, allowances) in enumerate(zip(outputs, truth, planes, plain, strict=True)):
+        if len(outputs) != len(truth.outputs):
+            return Verdict(False, math.inf, 0.0, f"{len(outputs)} outputs; expected {len(truth.outputs)}")
+        for number, (y, t, p, allowances) in enumerate(zip(outputs, truth.outputs, truth.planes, truth.plain, strict=True)):
             if y.shape != t.shape:
                 return Verdict(False, math.inf, 0.0, f"output {number} has shape {tuple(y.shape)}; expected {tuple(t.shape)}")
             for what, e, e_plain in zip(("tensor", "worst plane"), errors(y.detach().cpu(), t, p), allowances, strict=True):
                 allowed = 2 * e_plain + 2 * eps
                 # Written so that NaN fails.
                 if not e <= allowed:
-                    return Verdict(False, e, allowed, f"output {number}: error of the {what} is {e:.3g}; at most {allowed:.3g} is allowed")
+                    where = f"output {number}{' of the crop' if truth.cropped else ''}"
+                    return Verdict(False, e, allowed, f"{where}: error of the {what} is {e:.3g}; at most {allowed:.3g} is allowed")
                 if e / allowed >= worst.error / worst.allowed:
                     worst = Verdict(True, e, allowed)
     return worst
@@ -123,8 +156,16 @@ def errors(y: Tensor, truth: Tensor, planes: bool) -> tuple[float, float]:
     return whole, (difference.amax((2, 3)) / truth.abs().amax((2, 3)).clamp_min(scale / 16)).amax().item()
 
 
-def _outputs(build: Builder, case: Case, seed: int, dtype: torch.dtype, channels_last: bool = False) -> tuple[Tensor, ...]:
-    answer = build(draw_state(case, dtype))(*draw_inputs(case, seed, dtype, channels_last))
+def _inputs(case: Case, seed: int, dtype: torch.dtype, cropped: bool, channels_last: bool = False) -> Inputs:
+    inputs = draw_inputs(case, seed, dtype, channels_last)
+    if not cropped:
+        return inputs
+    assert case.crop is not None
+    return to_layout(case.crop(inputs), channels_last)
+
+
+def _outputs(case: Case, seed: int, dtype: torch.dtype, cropped: bool, channels_last: bool = False) -> tuple[Tensor, ...]:
+    answer = case.eager(draw_state(case, dtype))(*_inputs(case, seed, dtype, cropped, channels_last))
     return answer if isinstance(answer, tuple) else (answer,)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from fastsr.bench.case import BASELINE, Call, Case, Runner, State, Unavailable
+from fastsr.bench.case import BASELINE, Builder, Call, Case, Runner, State, Unavailable, corner
 from fastsr.bench.suite import Options
 
 
@@ -123,22 +126,79 @@ RUNNERS = {
 }
 
 
+def _wrong_from(side: int, amount: float) -> Builder:
+    """Right on pictures of fewer pixels a side; on larger ones a single element is off by `amount`."""
+
+    def build(state: State) -> Call:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(x * state["scale"])
+            if x.shape[-1] >= side:
+                y[-1, -1, -1, -1] += amount
+            return y
+
+        return call
+
+    return build
+
+
+def _wrong_when_small(state: State) -> Call:
+    """Right on whole pictures; on the crop one row is missing."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x * state["scale"])
+        if x.shape[-1] == CROP:
+            y[:, :, -1] = 0
+        return y
+
+    return call
+
+
+def _half_of_large(state: State) -> Call:
+    """Computes the upper half of a large picture twice, as a tile that is forgotten would look."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x * state["scale"])
+        half = x.shape[-2] // 2
+        return torch.cat([y[..., :half, :], y[..., :half, :]], -2) if x.shape[-1] > CROP else y
+
+    return call
+
+
+#: Pixels a side of the cropped case's pictures and of their crops.
+LARGE, CROP = 32, 8
+
+CROPPED_RUNNERS = {
+    BASELINE: _honest,
+    "wrong when large": _wrong_from(LARGE, 1e-4),
+    "nan when large": _wrong_from(LARGE, float("nan")),
+    "wrong when small": _wrong_when_small,
+    "half of large": _half_of_large,
+    "cached": _cached,
+    "lazy": _lazy,
+}
+
+
 def cases(options: Options) -> list[Case]:
-    """One small case."""
-    shape = (2, 3, 8, 8)
+    """One small case, and one whose float64 is said to be dear."""
     return [
-        Case(
-            suite="ops",
-            subject="scaled_relu",
-            label="2x3x8x8",
-            device=options.device,
-            dtype=options.dtypes[0],
-            sizes={"n": 2},
-            flops=384.0,
-            bytes=8 * 384.0,
-            state=lambda generator: {"scale": torch.rand(1, generator=generator) + 0.5},
-            inputs=lambda generator: (torch.randn(shape, generator=generator),),
-            eager=_honest,
-            runners={name: Runner(build) for name, build in RUNNERS.items()},
-        )
+        _case(options, "2x3x8x8", 8, RUNNERS),
+        replace(_case(options, "2x3x32x32 cropped", LARGE, CROPPED_RUNNERS), crop=corner(CROP, flops=1e15)),
     ]
+
+
+def _case(options: Options, label: str, side: int, runners: Mapping[str, Builder]) -> Case:
+    shape = (2, 3, side, side)
+    return Case(
+        suite="ops",
+        subject="scaled_relu",
+        label=label,
+        device=options.device,
+        dtype=options.dtypes[0],
+        sizes={"n": 2, "h": side, "w": side},
+        flops=float(math.prod(shape)),
+        bytes=8.0 * math.prod(shape),
+        state=lambda generator: {"scale": torch.rand(1, generator=generator) + 0.5},
+        inputs=lambda generator: (torch.randn(shape, generator=generator),),
+        eager=_honest,
+        runners={name: Runner(build) for name, build in runners.items()},
+    )

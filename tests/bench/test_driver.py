@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastsr.bench import driver, gate, process, results, suite
-from fastsr.bench.case import BASELINE, Case
+from fastsr.bench.case import AFFORDABLE_FLOPS, BASELINE, Case
+from tests.bench import fake_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = str(Path(__file__).with_name("fake_cases.py"))
@@ -47,6 +48,18 @@ def test_a_wrong_answer_is_never_timed(rows: dict[str, dict], name: str) -> None
     assert "seconds" not in rows[name]
     assert "samples" not in rows[name]
     assert "output 0" in rows[name]["reason"]
+
+
+def test_a_runner_that_is_right_on_the_crop_alone_is_never_timed() -> None:
+    """Of a case whose float64 is computed on a crop: wrong answers to the crop, to the whole, or from the fourth call on."""
+    case = suite.cases(FAKES, suite.Options())[1]
+    settings = driver.Settings(threads=1, rounds=2, round_seconds=0.01, build_timeout=60, round_timeout=60)
+    rows = {row["runner"]: row for row in driver.run_case(FAKES, case, settings) if row["mode"] in ("", "wall")}
+    assert rows.pop(BASELINE)["status"] == "ok"
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(rows, "wrong")
+    assert not any("samples" in row for row in rows.values())
+    assert "of the crop" in rows["wrong when small"]["reason"]
+    assert all("of the crop" not in rows[name]["reason"] for name in ("wrong when large", "nan when large", "half of large", "lazy"))
 
 
 def test_a_runner_that_dies_is_reported_with_its_last_words(rows: dict[str, dict]) -> None:
@@ -103,6 +116,39 @@ def test_the_gate_allows_twice_eagers_error_and_no_more(tmp_path: Path, dtype: s
     # Relative to the largest value, an error of 8 eps is beyond twice eager's (at most half an eps) plus two.
     off = gate.judge(case, lambda x: honest(x) + 8 * eps * honest(x).abs().max(), tmp_path / "truth.pt")
     assert not off.passed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_of_a_cropped_case_is_allowed_no_more_than_its_crop(tmp_path: Path, dtype: str) -> None:
+    """One element of the whole is off by little more than twice eager's error and two eps; the crop does not show it."""
+    case = suite.cases(FAKES, suite.Options(dtypes=(dtype,)))[1]
+    gate.prepare(case, tmp_path / "truth.pt")
+    low = getattr(torch, dtype)
+    honest = case.eager(gate.draw_state(case, low))
+    assert gate.judge(case, honest, tmp_path / "truth.pt").passed
+
+    def off(x: torch.Tensor, eps: float) -> torch.Tensor:
+        y = honest(x)
+        assert isinstance(y, torch.Tensor)
+        if x.shape[-1] == fake_cases.LARGE:
+            y[-1, -1, -1, -1] += eps * y.abs().max()
+        return y
+
+    eps = torch.finfo(low).eps
+    assert gate.judge(case, lambda x: off(x, eps), tmp_path / "truth.pt").passed
+    wrong = gate.judge(case, lambda x: off(x, 5 * eps), tmp_path / "truth.pt")
+    assert not wrong.passed
+    assert "crop" not in wrong.reason
+
+
+def test_dear_cases_have_a_crop_and_affordable_ones_none() -> None:
+    """Float64 is never asked for more operations than two cores do in a minute or so."""
+    for module in suite.select(["all"]):
+        for case in suite.cases(module, suite.Options(dtypes=("float32",))):
+            if case.crop is None:
+                assert case.flops < 5e12, case.name
+            else:
+                assert case.flops > AFFORDABLE_FLOPS, case.name
 
 
 def test_the_gate_sees_a_plane_that_hides_behind_larger_values(tmp_path: Path) -> None:
