@@ -43,6 +43,7 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
 
     plain = functools.partial(eager.RCAN, num_group=groups)
     ours = functools.partial(RCAN, 3, 3, num_group=groups, img_range=1.0, rgb_mean=(0.0,))  # the plain network has neither
+    lean = functools.partial(ours, save="input") if backward else None
     finish = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
     with torch.device("meta"):
         network = plain()
@@ -61,6 +62,6 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
         state=builders.state_like(plain, 1 / 3),  # that of torch's initialisation
         inputs=inputs,
         eager=builders.eager(plain, finish),
-        runners=builders.runners(plain, ours, dtype, options, finish),
+        runners=builders.runners(plain, ours, dtype, options, finish, lean),
         crop=None if backward else corner(CROP, flops),
     )

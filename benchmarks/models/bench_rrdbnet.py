@@ -47,6 +47,7 @@ def _case(options: Options, dtype: str, image: tuple[int, int, int], blocks: int
 
     plain = functools.partial(eager.RRDBNet, num_block=blocks)
     ours = functools.partial(RRDBNet, 3, 3, num_block=blocks)
+    lean = functools.partial(ours, save="input") if backward else None
     finish = builders.training_step(("conv_first.weight", "conv_hr.weight")) if backward else None
     with torch.device("meta"):
         network = plain()
@@ -66,6 +67,6 @@ def _case(options: Options, dtype: str, image: tuple[int, int, int], blocks: int
         state=builders.state_like(plain, 1),  # 23 blocks' outputs stay near 1
         inputs=inputs,
         eager=builders.eager(plain, finish),
-        runners=builders.runners(plain, ours, dtype, options, finish),
+        runners=builders.runners(plain, ours, dtype, options, finish, lean),
         crop=None if backward else corner(CROP, flops),
     )

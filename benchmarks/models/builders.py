@@ -34,11 +34,18 @@ def state_like(network: Network, gain: float) -> Callable[[torch.Generator], Sta
     return draw
 
 
-def runners(plain: Network, ours: Network, dtype: str, options: Options, finish: Finish | None = None) -> dict[str, Runner]:
-    """Everyone who runs the network: inference, or with `finish` what that makes of it (then without other runtimes)."""
-    found = {name: Runner(_ours(ours, name, finish)) for name in BACKENDS}
+def runners(
+    plain: Network, fused: Network, dtype: str, options: Options, finish: Finish | None = None, lean: Network | None = None
+) -> dict[str, Runner]:
+    """Everyone who runs the network: inference, or with `finish` what that makes of it (then without other runtimes).
+
+    `lean` is our network with its blocks' inputs alone kept for backward, where it has that choice.
+    """
+    found = {name: Runner(ours(fused, name, finish)) for name in BACKENDS}
+    if lean is not None:
+        found["auto, save=input"] = Runner(ours(lean, "auto", finish))
     if finish is None:
-        found["auto, frozen"] = Runner(_ours(ours, "auto", freeze=True))
+        found["auto, frozen"] = Runner(ours(fused, "auto", freeze=True))
     found |= plain_runners(lambda wrap: eager(plain, finish, wrap), dtype, options)
     if options.device == "cpu" and finish is None:
         for name, peer in {"OpenVINO": openvino_runtime, "onnxruntime": onnx_runtime}.items():
@@ -46,11 +53,14 @@ def runners(plain: Network, ours: Network, dtype: str, options: Options, finish:
     return found
 
 
-def eager(network: Network, finish: Finish | None = None, wrap: Wrap = lambda forward: forward) -> Builder:
-    """The network with the case's weights, which take the layout of the first input."""
+def eager(
+    network: Network, finish: Finish | None = None, wrap: Wrap = lambda forward: forward, trained: bool | None = None
+) -> Builder:
+    """The network with the case's weights, which take the layout of the first input; it trains if there is a `finish`, or as said."""
+    trained = finish is not None if trained is None else trained
 
     def build(state: State) -> Call:
-        built = _loaded(network, state, trained=finish is not None)
+        built = loaded(network, state, trained)
         forward = wrap(built)
         call = finish(built, forward) if finish is not None else forward
         settled = False
@@ -86,17 +96,21 @@ def training_step(names: tuple[str, ...]) -> Finish:
     return finish
 
 
-def _loaded(network: Network, state: State, trained: bool) -> nn.Module:
+def loaded(network: Network, state: State, trained: bool) -> nn.Module:
+    """The network with these weights, to train or for inference."""
     some = next(iter(state.values()))
     built = network().to(some.device, some.dtype)
     built.load_state_dict(state)
     return built.train(trained).requires_grad_(trained)
 
 
-def _ours(network: Network, backend: str, finish: Finish | None = None, freeze: bool = False) -> Builder:
+def ours(network: Network, backend: str, finish: Finish | None = None, freeze: bool = False, trained: bool | None = None) -> Builder:
+    """Our network in channels-last on a backend; it trains if there is a `finish`, or as said."""
+    trained = finish is not None if trained is None else trained
+
     def build(state: State) -> Call:
         fastsr.set_backend(backend)  # of this process, which belongs to this runner
-        built = _loaded(network, state, trained=finish is not None).to(memory_format=torch.channels_last)
+        built = loaded(network, state, trained).to(memory_format=torch.channels_last)
         if freeze:
             fastsr.freeze(built)
         return finish(built, built) if finish is not None else built
@@ -105,4 +119,4 @@ def _ours(network: Network, backend: str, finish: Finish | None = None, freeze: 
 
 
 def _converted(network: Network, convert: Callable[[nn.Module, torch.dtype], Call], dtype: torch.dtype) -> Builder:
-    return lambda state: convert(_loaded(network, state, trained=False), dtype)
+    return lambda state: convert(loaded(network, state, trained=False), dtype)

@@ -1,4 +1,7 @@
-"""A training step of a quantiser: forward, gradient of x through the code and the commitment loss, and the codebook's moving averages."""
+"""A training step of a quantiser: forward, gradient of x through the code and the commitment loss, and the codebook's moving averages.
+
+In several stages, as codecs have them, each quantises what the ones before left over, and has averages of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,22 @@ from torch import Tensor
 
 from fastsr import ops
 from fastsr.bench.case import BASELINE, DTYPES, Builder, Case, Inputs, Runner, State
-from fastsr.bench.cases.ops.bench_vq_nearest import SIZES, draw_codebook, draw_rows
+from fastsr.bench.cases.ops.bench_vq_nearest import SIZES, Size, draw_codebooks, draw_rows
 from fastsr.bench.cases.peers import code_search
 from fastsr.bench.suite import Options
 
 DECAY = 0.99
 
+#: (x, gradient, codebook, sizes, averages, decay) -> (quantised, gradient of x, new codebook)
+Step = Callable[..., tuple[Tensor, ...]]
+
 
 def cases(options: Options) -> list[Case]:
     """One case for each size and dtype."""
-    return [_case(options.device, dtype, size) for dtype in options.dtypes for size in SIZES[options.sizes]]
+    return [case(options, dtype, size) for dtype in options.dtypes for size in SIZES[options.sizes]]
 
 
-def _step(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+def _step(backend: str) -> Step:
     def step(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
         leaf = x.detach().requires_grad_()
         out = ops.vector_quantize(leaf, codebook, backend=backend)  # type: ignore[arg-type]
@@ -32,31 +38,50 @@ def _step(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     return step
 
 
-def _case(device: str, dtype: str, size: tuple[int, int, int]) -> Case:
-    n, k, d = size
+def _in_stages(step: Step) -> Step:
+    """The sum of the stages' codes, the gradient through all of them, and the new codebooks."""
+
+    def run(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
+        quantized, dx, books = torch.zeros_like(x), torch.zeros_like(x), []
+        for book, book_size, book_average in zip(codebook, size, average, strict=True):
+            q, d, updated = step(x, grad, book, book_size, book_average, decay)
+            quantized, dx = quantized + q, dx + d
+            books.append(updated)
+            x, grad = x - q, torch.zeros_like(grad)  # the outer gradient reaches x once
+        return quantized, dx, torch.stack(books)
+
+    return run
+
+
+def case(options: Options, dtype: str, size: Size) -> Case:
+    """A step at one size."""
+    n, k, d = size.n, size.k, size.d
 
     def state(generator: torch.Generator) -> State:
-        codebook = draw_codebook(generator, k, d)
-        return {"codebook": codebook, "size": torch.full((k,), n / k), "average": codebook * (n / k)}
+        codebook = draw_codebooks(generator, size)
+        return {"codebook": codebook, "size": torch.full(codebook.shape[:-1], n / k), "average": codebook * (n / k)}
 
     def inputs(generator: torch.Generator) -> Inputs:
-        return draw_rows(generator, n, k, d), torch.randn(n, d, generator=generator)
+        return draw_rows(generator, size), torch.randn(n, d, generator=generator)
 
-    def build(step: Callable[..., tuple[Tensor, ...]]) -> Builder:
-        return lambda state: lambda x, grad: step(x, grad, state["codebook"], state["size"], state["average"], DECAY)
+    def build(step: Step) -> Builder:
+        whole = step if size.stages == 1 else _in_stages(step)
+        return lambda state: lambda x, grad: whole(x, grad, state["codebook"], state["size"], state["average"], DECAY)
 
     eager = build(code_search.one_hot_step)
     runners = {name: Runner(build(_step(name))) for name in ("auto", "compiled", "triton")}
     runners |= {BASELINE: Runner(eager), "eager, index_add_": Runner(build(code_search.scatter_step))}
+    if size.stages == 1:
+        runners["vector-quantize-pytorch"] = Runner(lambda state: code_search.vector_quantize_pytorch_step(state, DECAY))
     return Case(
         suite="ops",
         subject="vector_quantize",
-        label=f"{n}x{k}x{d} training step",
-        device=device,
+        label=f"{size.label} training step",
+        device=options.device,
         dtype=dtype,
-        sizes={"n": n, "k": k, "d": d},
-        flops=2.0 * n * k * d,
-        bytes=float((7 * n * d + 4 * k * d) * (torch.finfo(DTYPES[dtype]).bits // 8)),
+        sizes=size.record(direction="forward+backward"),
+        flops=size.flops,
+        bytes=float((7 * n * d + 4 * k * d) * size.stages * (torch.finfo(DTYPES[dtype]).bits // 8)),
         state=state,
         inputs=inputs,
         eager=eager,

@@ -136,21 +136,22 @@ class RCAN(nn.Module):
 
 
 def conv_flops(model: nn.Module, height: int, width: int) -> float:
-    """Floating-point operations (a multiply-add is two) of all convolutions of `model` for one image of this size.
+    """Floating-point operations (a multiply-add is two) of all convolutions of `model`, transposed ones too, for one image of this size.
 
     Build `model` on the meta device: then nothing is computed.
     """
     total = 0.0
 
-    def count(module: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
+    def count(module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
         nonlocal total
-        assert isinstance(module, nn.Conv2d)
-        total += 2.0 * module.weight.numel() * y.shape[0] * y.shape[2] * y.shape[3]
+        assert isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
+        per_weight = given[0] if isinstance(module, nn.ConvTranspose2d) else y  # where each weight is used once a pixel
+        total += 2.0 * module.weight.numel() * per_weight.shape[0] * per_weight.shape[2] * per_weight.shape[3]
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    hooks = [module.register_forward_hook(count) for module in convolutions]
     try:
-        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        model(torch.empty(1, first.in_channels, height, width, device=first.weight.device))
+        model(torch.empty(1, convolutions[0].in_channels, height, width, device=convolutions[0].weight.device))
     finally:
         for hook in hooks:
             hook.remove()

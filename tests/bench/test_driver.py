@@ -210,7 +210,7 @@ def test_curves_name_their_axis_and_are_no_part_of_all() -> None:
     assert not any(module.startswith("scaling.") for module in suite.select(["all"]))
     made = suite.cases("scaling.bench_scaling", suite.Options(sizes="quick"))
     assert all(case.sizes[case.sizes["axis"]] > 0 for case in made)
-    assert {case.sizes["axis"] for case in made} >= {"pixels", "depth", "batch", "threads"}
+    assert {case.sizes["axis"] for case in made} >= {"pixels", "depth", "batch", "threads", "rows", "k", "d"}
     depths = [case.sizes["depth"] for case in suite.cases("scaling.bench_scaling", suite.Options()) if case.sizes["axis"] == "depth"]
     assert max(depths) > 400
 
