@@ -1,8 +1,9 @@
 """RCAN x4: the whole network of 400 layers in its blocks on one image, forward; and a training step on 16 patches with one of
 its ten groups, which are alike (the whole would take a minute for the answer in float64 alone).
 
-All runners have the same weights; the answer of each is compared with the eager network in float64, as `fastsr.bench.gate` says. A training step computes
-all gradients and is judged by the output, the picture's gradient, and those of the first and of the last but one convolution.
+All runners have the same weights; the answer of each is compared with the eager network in float64, as `fastsr.bench.gate` says. A
+training step computes all gradients and is judged by the output, the picture's gradient, and those of the first and of the last but
+one convolution.
 """
 
 from __future__ import annotations

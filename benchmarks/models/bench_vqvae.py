@@ -97,6 +97,7 @@ def _training_step(network: nn.Module, forward: Callable[[Tensor], Any]) -> Call
         out = forward(x)
         found = torch.autograd.grad(out.loss, list(parameters.values()))
         gradients = dict(zip(parameters, found, strict=True))
-        return (out.reconstruction.detach(), out.loss.detach(), buffers["quantizer.codebook"].clone(), *(gradients[name] for name in TRAINED))
+        codebook = buffers["quantizer.codebook"].clone()
+        return (out.reconstruction.detach(), out.loss.detach(), codebook, *(gradients[name] for name in TRAINED))
 
     return call

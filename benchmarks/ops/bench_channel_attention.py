@@ -19,7 +19,11 @@ from fastsr.bench.case import BASELINE, DTYPES, Builder, Call, Case, Inputs, Run
 from fastsr.bench.suite import Options
 
 CHANNELS, SQUEEZED = 64, 4
-IMAGES = {"tiny": ((2, 5, 19),), "quick": ((16, 48, 48),), "full": ((16, 48, 48), (32, 64, 64), (4, 256, 256), (1, 512, 512), (1, 540, 960))}
+IMAGES = {
+    "tiny": ((2, 5, 19),),
+    "quick": ((16, 48, 48),),
+    "full": ((16, 48, 48), (32, 64, 64), (4, 256, 256), (1, 512, 512), (1, 540, 960)),
+}
 
 
 def eager_channel_attention(

@@ -35,7 +35,7 @@ def faiss_flat(state: State) -> Call:
 
 
 def flash_kmeans(state: State) -> Call:
-    """The assignment kernel of flash-kmeans (arXiv 2603.09229) with its own choice of tiles; it wants |x|^2 and |e|^2 beside its operands."""
+    """The assignment kernel of flash-kmeans (arXiv 2603.09229) with its own choice of tiles; it wants the squares of both operands."""
     codebook = state["codebook"]
     if not codebook.is_cuda:
         raise Unavailable("flash-kmeans needs CUDA")

@@ -72,8 +72,9 @@ class VQVAE(nn.Module):
         super().__init__()
         half = num_feat // 2
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, half, 4, 2, 1), nn.ReLU(), nn.Conv2d(half, num_feat, 4, 2, 1), nn.ReLU(), nn.Conv2d(num_feat, num_feat, 3, padding=1),
-            ResidualLayer(num_feat, num_res_ch), ResidualLayer(num_feat, num_res_ch), nn.ReLU(),
+            nn.Conv2d(3, half, 4, 2, 1), nn.ReLU(), nn.Conv2d(half, num_feat, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(num_feat, num_feat, 3, padding=1), ResidualLayer(num_feat, num_res_ch), ResidualLayer(num_feat, num_res_ch),
+            nn.ReLU(),
         )  # fmt: skip
         self.project = nn.Conv2d(num_feat, codebook_dim, 1)
         self.quantizer = Quantizer(codebook_size, codebook_dim)

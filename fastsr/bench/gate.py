@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsr.bench.case import Builder, Call, Case, Inputs, State, to_layout
+from fastsr.bench.case import Call, Case, Inputs, State, to_layout
 
 #: Two sets, so that a runner which hands out its first answer again is caught.
 GATE_SEEDS = (9001, 9002)
