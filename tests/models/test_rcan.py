@@ -8,15 +8,15 @@ from statistics import median
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsr
 from fastsr import _native
+from fastsr.memory.tracker import Tracker
 from fastsr.models import RCAN
 from fastsr.weights.dialects import build
 from tests.harness import ALL_DTYPES, DEVICE, assert_close_as_eager, available_backends, random_tensor
 from tests.models.eager_rcan import EagerRCAN, OfficialRCAN
-from tests.models.test_rrdbnet import error, gradients
+from tests.models.test_rrdbnet import Calls, gradients
 
 SMALL = {"num_feat": 16, "num_group": 2, "num_block": 2, "squeeze_factor": 4}
 RUNNERS = ["reference", *dict.fromkeys(r.backend for r in available_backends("rcab") if r.backend == "compiled" or DEVICE != "cpu")]
@@ -108,19 +108,27 @@ def test_inference_is_as_good_as_eager(backend, dtype, size):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("backend", RUNNERS)
 def test_gradients_are_as_good_as_eager(backend, dtype):
-    """Over all gradients together, and the median of five pictures: rounding flips the sign before a ReLU here and there, so the
-    error on a single picture is a draw."""
-    found, plain = [], []
-    for seed in range(5):
-        ours, eager = pair(dtype, num_group=1)
-        ours.backend = backend
+    """Over all gradients together, each by the median of nine pictures.
+
+    On a single picture the error is a draw: rounding flips the sign before a ReLU, and the gates' gradients cancel. Plain PyTorch breaks
+    the rule against plain PyTorch (backend "reference") on every thirtieth picture in float32 and every fifth in float16.
+    """
+    ours, eager = pair(dtype, num_group=1)
+    ours.backend = backend
+    wide = copy.deepcopy(eager).double()
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    for seed in range(9):
         x, g = pictures((6, 5), dtype, seed), random_tensor((2, 3, 24, 20), dtype, seed + 1)
-        truth = gradients(copy.deepcopy(eager).double(), x.double(), g)
-        results = gradients(ours, x, g), gradients(eager, x, g)
-        assert results[0].keys() == truth.keys()
-        for errors, result in zip((found, plain), results, strict=True):
-            errors.append(error(result, truth))
-    assert median(found) <= 2 * median(plain) + 2 * torch.finfo(dtype).eps
+        truth, found, plain = (gradients(model, image, g) for model, image in ((wide, x.double()), (ours, x), (eager, x)))
+        assert found.keys() == truth.keys()
+        for name, true in truth.items():
+            norms = [t.double().norm().item() for t in (found[name] - true, plain[name] - true, true)]
+            errors.setdefault(name, []).append((norms[0], norms[1], norms[2]))
+        for model in (wide, ours, eager):
+            model.zero_grad()
+    medians = [[median(values) for values in zip(*rows, strict=True)] for rows in errors.values()]
+    found_error, plain_error = (sum((row[k] / row[2]) ** 2 for row in medians) ** 0.5 for k in (0, 1))
+    assert found_error <= 2 * plain_error + 2 * torch.finfo(dtype).eps * len(medians) ** 0.5
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -211,34 +219,31 @@ def test_results_are_fresh_and_stay_as_they_are(backend, options):
     assert len({t.untyped_storage().data_ptr() for t in (first, second, a)}) == 3
 
 
-class Asked(TorchDispatchMode):
-    """Bytes of all buffers that are asked for inside, and the names of the operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total, self.names = 0, set[str]()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        if func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "empty_strided", "clone", "add", "mul", "cat"):
-            self.total += result.untyped_storage().nbytes()
-        return result
+@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the compiled block")
+@pytest.mark.parametrize("features", [16, 64])
+@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (2, 1), (4, 3)])
+def test_inference_holds_its_buffers_and_the_vectors_of_one_block(features, groups, blocks):
+    """To the byte: the first convolution's result and three buffers, whatever the depth. The estimates for large pictures say so, too."""
+    ours, _ = pair(torch.float32, num_feat=features, num_group=groups, num_block=blocks)
+    ours.backend = "compiled"
+    x = pictures((48, 40), torch.float32, batch=1)
+    pixels, vectors = 48 * 40 * 4, (9 + 2) * features * 4
+    with torch.no_grad(), Tracker([x, *ours.parameters()]) as trunk:
+        f = ours.features(x)
+    with torch.no_grad(), Tracker([f, *ours.parameters()]) as tail:
+        ours.tail(f)
+    assert max(trunk.peaks().values()) == pixels * ours.trunk_values + vectors
+    assert max(tail.peaks().values()) <= pixels * (ours.tail_values + 3 * ours.tail_scale**2)
 
 
 @pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the compiled block")
-def test_inference_needs_no_further_buffers_for_further_blocks():
-    """But for the vectors of each block's attention: less than a twentieth of a feature map of this size."""
-    totals = []
-    for groups, blocks in ((2, 1), (4, 3)):
-        ours, _ = pair(torch.float32, num_group=groups, num_block=blocks)
-        ours.backend = "compiled"
-        with torch.no_grad(), Asked() as asked:
-            ours.features(pictures((64, 64), torch.float32, batch=1))
-        assert "convolution" not in asked.names
-        totals.append(asked.total / (64 * 64 * 16 * 4))
-    assert totals[0] <= totals[1] < totals[0] + 10 / 20
-    assert totals[1] * 16 <= 1.2 * ours.trunk_values
+def test_inference_runs_no_convolution_of_its_own():
+    ours, _ = pair(torch.float32)
+    ours.backend = "compiled"
+    with torch.no_grad(), Calls() as calls:
+        ours(pictures((6, 6), torch.float32))
+    assert "convolution" not in calls.counts
+    assert calls.counts["rcab"] == 4
 
 
 def test_attributes_reach_every_part_and_are_checked():
