@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py       (make report)
 
-Reads `benchmarks/results/cpu*.json` and any GPU run, writes docs/benchmarks/ (report.md, plots), and replaces what stands between
-the two markers in README.md. No figure is typed by hand.
+Reads every `cpu-*.json` and `gpu-*.json` in benchmarks/results/, writes docs/benchmarks/ (report.md, plots), and replaces what stands
+between the two markers in README.md. No figure is typed by hand. Of a case that several files hold, README shows the newest run.
 """
 
 from __future__ import annotations
@@ -12,52 +12,72 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsr.bench import report, results
 from fastsr.bench.report import markdown
-from fastsr.bench.report.rows import best_rival, groups, median, ours
+from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ours
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
-HEADINGS = ("case", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best other")
+HEADINGS = ("case", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
 
 
 def main() -> int:
-    files = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json")) + sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
-    runs = {path.stem: report.read(path) for path in files}
-    with tempfile.TemporaryDirectory() as folder:
-        report.write(files, folder)
-        target = ROOT / "docs" / "benchmarks"
-        target.mkdir(exist_ok=True)
-        for old in target.glob("*.png"):
-            old.unlink()
-        for path in Path(folder).iterdir():
-            if path.suffix != ".html":  # whoever wants the page makes it with `fastsr bench report`
-                shutil.move(path, target / path.name)
+    folder = ROOT / "benchmarks" / "results"
+    files = [path for device in ("cpu", "gpu") for path in sorted(folder.glob(f"{device}-*.json"))]
+    runs = [report.read(path) for path in files]
     readme = ROOT / "README.md"
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         print(f"readme: README.md must hold {BEGIN!r} and {END!r} once each", file=sys.stderr)
         return 1
-    between = f"{BEGIN}\n{_table(runs)}\n{END}"
+    write_report(files, ROOT / "docs" / "benchmarks")
+    between = f"{BEGIN}\n{block(runs)}\n{END}"
     readme.write_text(re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: between, text, flags=re.DOTALL))
     return 0
 
 
-def _table(runs: dict[str, dict[str, Any]]) -> str:
-    machines = sorted({results.machine(run["environment"]).rsplit(",", 1)[0] for run in runs.values()})
-    found = {}
-    for run in runs.values():
+def write_report(files: Sequence[Path], target: Path) -> None:
+    """The page and its plots into `target`; plots that no file has any more go."""
+    target.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        written = {path.name for path in report.write(files, folder)} - {"report.html"}  # `fastsr bench report` makes that one
+        for old in target.glob("*.png"):
+            if old.name not in written:
+                old.unlink()
+        for name in written:
+            shutil.move(Path(folder) / name, target / name)
+
+
+def block(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What README says: machines, what is lost, the figure, a line for each case."""
+    machines = sorted({results.machine(run["environment"]).rsplit(",", 1)[0] for run in runs})
+    found: dict[str, tuple[Row, list[Row]]] = {}
+    for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
         for (case, mode), group in groups(run["results"]).items():
             if mode in ("wall", "cold") and (mine := ours(group)) is not None:
                 found[case] = (mine, group)
     lines = [_line(case, mine, group) for case, (mine, group) in sorted(found.items())]
-    return "\n".join(["*" + "; ".join(machines) + "*", "", markdown.table(HEADINGS, lines)])
+    lost = losses(row for _, group in found.values() for row in group)
+    figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
+    return "\n\n".join([f"*{'; '.join(machines)}*", _lost(lost, len(found)), figure, markdown.table(HEADINGS, lines)])
 
 
-def _line(case: str, mine: Any, group: list[Any]) -> tuple[str, ...]:
+def _lost(lost: Sequence[tuple[Row, Row]], cases: int) -> str:
+    """One sentence on the cases in which another runner is faster."""
+    if not lost:
+        return f"In none of the {cases} cases is another runner faster."
+    worst: dict[str, Row] = {}
+    for mine, rival in lost:
+        worst.setdefault(mine["case"], rival)
+    named = "; ".join(f"{case}: {rival['runner']}" for case, rival in worst.items())
+    return f"Another runner is faster in {len(worst)} of {cases} cases ({named})."
+
+
+def _line(case: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:
     times = {row["runner"]: median(row) for row in group}
     others = [row for row in group if not row["runner"].startswith(("eager", "torch.compile"))]
     best = best_rival(others)

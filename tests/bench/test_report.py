@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import math
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastsr.bench import compare, report, statistics
-from fastsr.bench.report import html, markdown, rows
+from fastsr.bench.report import html, markdown, plots, rows
 from fastsr.cli import main
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -31,7 +32,7 @@ def a_run(**seconds: float) -> dict:
             "faults": {"minor": 1.0, "major": 0.0}, "gflops": 1 / time, "gbytes": 0.001 / time, "roof": None, "speedup": None,
         })  # fmt: skip
     environment = {
-        "date": "today", "commit": None, "packages": {"torch": "2.13"}, "cpu": {"model": "<fast & small>", "cores": 2}, "gpu": None,
+        "date": "2026-01-01", "commit": None, "packages": {"torch": "2.13"}, "cpu": {"model": "<fast & small>", "cores": 2}, "gpu": None,
         "threads": 2, "huge_pages": "madvise", "native": {"isa": "avx2", "missing": None},
     }  # fmt: skip
     return {"format": 1, "environment": environment, "settings": {"variables": {}}, "roofs": {"missing": "no compiler"}, "results": found}
@@ -91,6 +92,32 @@ def test_losses_come_first_and_the_largest_of_them_on_top() -> None:
     assert text.index("## Where another runner is faster") < text.index("## All cases")
     assert "| auto | 10." in text
     assert "conv3x3 a\\|b float32" in text
+
+
+def test_readme_shows_the_newest_run_and_says_what_is_lost() -> None:
+    spec = importlib.util.spec_from_file_location("fastsr_readme", RESULTS.parent / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    old, new = a_run(auto=0.010, **{"eager channels-last": 0.02}), a_run(auto=0.016, OpenVINO=0.008, **{"eager channels-last": 0.02})
+    new["environment"]["date"] = "2999-01-01"
+    for order in ([old, new], [new, old]):
+        text = readme.block(order)
+        assert "| 16." in text
+        assert "| 10." not in text
+        assert "faster in 1 of 1 cases" in text
+        assert "0.50x OpenVINO" in text
+    assert "In none of the 1 cases" in readme.block([old])
+
+
+def test_curves_and_wide_ratios_are_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    run = a_run(auto=0.001, **{"eager channels-last": 0.02})
+    for row in run["results"]:
+        row["sizes"] = {"axis": "k", "k": 64}
+        row["speedup"] = 0.02 / row["seconds"]["median"]
+    assert plots.draw({"run": run}).keys() >= {"ratios", "time-against-k", "memory-against-k"}
 
 
 def test_the_html_page_stands_alone_and_escapes() -> None:

@@ -12,6 +12,7 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 OURS, RIVALS = "#d1495b", ("#30638e", "#edae49", "#00798c", "#7a5195", "#8d99ae", "#4a4e69", "#2f9e44", "#a0522d")
 MOST_BARS = 40
+WIDE_RATIO = 5  # beyond, the axis is linear to 2 and logarithmic from there
 
 #: A curve per runner: along which size, of what.
 AXES = {
@@ -90,6 +91,9 @@ def _ratios(rows: Sequence[Row]) -> bytes | None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
     axes.set_xlabel("times faster than eager channels-last")
+    if max(bar[1] for bar in bars) > WIDE_RATIO:
+        axes.set_xscale("symlog", linthresh=2, linscale=2)
+        axes.set_xticks(ticks := [0, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
     axes.margins(x=0.15)
     axes.legend(fontsize=8, loc="lower right")
     return _png(figure)
