@@ -35,4 +35,16 @@ inline void check_per_row(const std::optional<Tensor>& t, const VqShape& s, Scal
                   op, ": ", name, " does not fit; expected a contiguous (", s.outer, ", ", s.heads, ", ", s.inner, ") of ", torch::headeronly::toString(type));
 }
 
+inline void check_like(const std::optional<Tensor>& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(!t || (t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == x.size(1) && t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+                         t->scalar_type() == x.scalar_type()),
+                  op, ": ", name, " does not fit; expected x's shape and dtype");
+}
+
+// A statistic without gaps.
+inline void check_statistic(const Tensor& t, int64_t elements, ScalarType type, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.numel() == elements && t.is_contiguous() && t.scalar_type() == type, op, ": ", name, " has ", t.numel(),
+                  " elements; expected ", elements, " of ", torch::headeronly::toString(type), ", contiguous");
+}
+
 }  // namespace fastsr

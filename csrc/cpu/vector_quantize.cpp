@@ -190,18 +190,6 @@ void segment_sums(const View<T>& x, const View<T>* minuend, const Rows& rows, in
   });
 }
 
-void check_like(const std::optional<Tensor>& t, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(!t || (t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == x.size(1) && t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
-                         t->scalar_type() == x.scalar_type()),
-                  op, ": ", name, " does not fit; expected x's shape and dtype");
-}
-
-// A statistic without gaps.
-void check_statistic(const Tensor& t, int64_t elements, ScalarType type, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.numel() == elements && t.is_contiguous() && t.scalar_type() == type, op, ": ", name, " has ", t.numel(),
-                  " elements; expected ", elements, " of ", torch::headeronly::toString(type), ", contiguous");
-}
-
 void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, Tensor quantized, Tensor indices, Tensor loss,
                      Tensor counts, Tensor sums, std::optional<Tensor> distances) {
   const char* op = "vector_quantize";

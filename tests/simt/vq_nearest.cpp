@@ -7,12 +7,6 @@ namespace {
 
 using namespace fastsr::cuda;
 
-// Poisoned memory until the end of the call.
-struct Allocate {
-  mutable std::vector<Scratch<char>> kept;
-  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
-};
-
 // x (outer, heads, depth, inner): address, sizes, strides; codebook (heads, codes, depth) without gaps.
 template <class T>
 void search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, const std::array<int64_t, 4>& strides, bool x_vectors,

@@ -1,4 +1,4 @@
-"""The calls into the native library (csrc/cpu/vector_quantize.cpp), with their fake twins.
+"""The calls into the native library (csrc/cpu/vector_quantize.cpp, csrc/cuda/vector_quantize.cu), with their fake twins.
 
 x, `quantized` and their gradients are (O, H, D, I) of any strides, `indices`, `distances` and `mask` contiguous (O, H, I), codebooks
 (H, K, D), losses and their gradients scalars; no size is zero."""
@@ -23,7 +23,7 @@ def quantize_into(
     mask: Tensor | None,
     cosine: bool,
 ) -> None:
-    """Fill everything before `x`: steps 1-7 of `fastsr.ops.vector_quantize`. Both losses have the value `loss`."""
+    """Fill everything before `x` (`sums` holds zeros): steps 1-7 of `fastsr.ops.vector_quantize`. Both losses have the value `loss`."""
     torch.ops.fastsr.vector_quantize(x, codebook, mask, cosine, quantized, indices, loss, counts, sums, distances)
 
 

@@ -171,13 +171,13 @@ class _VectorQuantize(torch.autograd.Function):
         k, accumulate = codebook.shape[1], distance_dtype(x)
         quantized, indices = torch.empty_like(x), x.new_empty((o, h, i), dtype=torch.int64)
         loss = x.new_empty((), dtype=accumulate)
-        counts, sums = x.new_empty((h, k), dtype=torch.int64), x.new_empty((h, k, d), dtype=accumulate)
+        counts, sums = x.new_empty((h, k), dtype=torch.int64), x.new_zeros((h, k, d), dtype=accumulate)
         distances = x.new_empty((o, h, i), dtype=accumulate) if with_distance else None
         if indices.numel():
             _kernels(run).quantize_into(quantized, indices, loss, counts, sums, distances, x, codebook.contiguous(), mask, cosine)
         else:
-            for statistic in (loss, counts, sums):
-                statistic.zero_()
+            loss.zero_()
+            counts.zero_()
         ctx.options = (rotation, run, k)
         ctx.save_for_backward(x, quantized, indices, mask)
         ctx.mark_non_differentiable(indices, counts, sums, *(() if distances is None else (distances,)))

@@ -84,6 +84,23 @@ inline unsigned vote(const char* name, unsigned mask, bool yes) {
   return slot.ballot;
 }
 
+template <class T>
+unsigned match(const char* name, unsigned mask, T value) {
+  struct Slot {
+    T value;
+    unsigned equal;
+  } slot{value, 0};
+  running->meet(name, mask, &slot, [](const auto& slots) {
+    for (void* mine : slots) {
+      for (int i = 0; mine && i < kWarp; ++i) {
+        const bool equal = slots[i] && static_cast<Slot*>(slots[i])->value == static_cast<Slot*>(mine)->value;
+        static_cast<Slot*>(mine)->equal |= unsigned{equal} << i;
+      }
+    }
+  });
+  return slot.equal;
+}
+
 // Others may run between any two atomics.
 template <class T, class Update>
 T atomic(T* address, Update update) {
@@ -111,6 +128,9 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   return simt::shuffle("__shfl_xor_sync", mask, value, width, [=](int lane) { return lane ^ lane_mask; });
 }
+
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) { return simt::match("__match_any_sync", mask, value); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt::vote("__ballot_sync", mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return simt::vote("__any_sync", mask, predicate != 0) != 0; }

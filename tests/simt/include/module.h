@@ -31,3 +31,9 @@ struct Scratch {
   };
   std::unique_ptr<T, Free> data;
 };
+
+// Poisoned memory until the end of the call.
+struct Allocate {
+  mutable std::vector<Scratch<char>> kept;
+  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
+};
