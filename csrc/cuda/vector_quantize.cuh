@@ -9,13 +9,13 @@
 //
 //   a row of gather_codes and of the gradients:
 //
-//       channels side by side    | lane 0: c 0..7 | lane 1: c 8..15 | ... |    as many lanes as hold the row, up to a warp
-//       pixels side by side      | lane 0: all channels of pixel 0 |           a lane a row, eight planes at a time
-//       (channels first)         | lane 1: all channels of pixel 1 | ...       so that neighbours read neighbours
+//       channels side by side    | lane 0: c 0..3 | lane 1: c 4..7 | ... |    as many lanes as hold the row, up to a warp
+//       pixels side by side      | lane 0: all channels of pixel 0 |          a lane a row, four planes at a time
+//       (channels first)         | lane 1: all channels of pixel 1 | ...      so that neighbours read neighbours
 //
 // M, the number of rows that count, is found on the device: nothing waits for the host, and a CUDA graph can hold every call.
 //
-// Lives in   registers: eight values of each operand, float64 sums of a row or a block    L2: the codebook
+// Lives in   registers: four values of each operand, float64 sums of a row or a block    L2: the codebook
 // Moves      gather: x, quantized, indices once, a code a row from L2; sums: x again, from L2 where it fits;
 //            dx: grad, x, quantized, dx once (rotated: three of them twice more, from L1); dcodebook: x and quantized once
 // Limit      DRAM bandwidth; for the rotation of rows also 30 float64 operations a value, which GPUs without fast float64 feel
@@ -32,6 +32,7 @@
 namespace fastsr::cuda {
 
 constexpr double kSmallestNorm = 1e-12;  // as in fastsr/kernels/vector_quantize/reference.py
+constexpr int kFour = 4;                 // values that a lane loads at once
 constexpr int kCountParts = 64;          // blocks that count a mask
 
 // Where a kernel writes: a view's memory is const for all that read.
@@ -40,20 +41,17 @@ __device__ __forceinline__ T* writable(const RowView<T>& view) {
   return const_cast<T*>(view.data);
 }
 
-// Eight values of a vector from value d on; none behind the last.
+// Four values of a vector from value d on; none behind the last.
 template <class T>
-__device__ __forceinline__ void store_unit(const float (&v)[kVqUnit], T* values, int64_t stride, int d, int depth, bool vectors) {
+__device__ __forceinline__ void store_unit(const float (&v)[kFour], T* values, int64_t stride, int d, int depth, bool vectors) {
   if (vectors) {
+    Pack<T, kFour> pack;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Pack<T, 4> pack;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pack.v[i] = from_float<T>(v[4 * half + i]);
-      if (d + 4 * half < depth) *reinterpret_cast<Pack<T, 4>*>(values + d + 4 * half) = pack;
-    }
+    for (int i = 0; i < kFour; ++i) pack.v[i] = from_float<T>(v[i]);
+    *reinterpret_cast<Pack<T, kFour>*>(values + d) = pack;
   } else {
 #pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) {
+    for (int i = 0; i < kFour; ++i) {
       if (d + i < depth) values[(d + i) * stride] = from_float<T>(v[i]);
     }
   }
@@ -63,7 +61,7 @@ __device__ __forceinline__ void store_unit(const float (&v)[kVqUnit], T* values,
 template <class T>
 int lanes_of_row(const RowView<T>& x, int depth) {
   int lanes = 1;
-  while (x.depth_stride == 1 && lanes < 32 && lanes * kVqUnit < depth) lanes *= 2;
+  while (x.depth_stride == 1 && lanes < 32 && lanes * kFour < depth) lanes *= 2;
   return lanes;
 }
 
@@ -80,7 +78,7 @@ struct RowPart {
 
   __device__ __forceinline__ explicit RowPart(int lanes) {
     const int thread = threadIdx.x;
-    row = static_cast<int64_t>(blockIdx.x) * (kVqThreads / lanes) + thread / lanes, first = thread % lanes * kVqUnit, step = lanes * kVqUnit;
+    row = static_cast<int64_t>(blockIdx.x) * (kVqThreads / lanes) + thread / lanes, first = thread % lanes * kFour, step = lanes * kFour;
   }
 };
 
@@ -97,7 +95,7 @@ __device__ __forceinline__ double block_sum(double v) {
 
 // losses[block] = the sum of |x - quantized|^2 over the block's rows that count.
 template <class T>
-__global__ void __launch_bounds__(kVqThreads) gather_codes(RowView<T> x, CodeView<T> codebook, NumberedRows rows, int lanes,
+__global__ void __launch_bounds__(kVqThreads, 4) gather_codes(RowView<T> x, CodeView<T> codebook, NumberedRows rows, int lanes,
                                                            RowView<T> quantized, double* losses) {
   const RowPart part(lanes);
   double loss = 0;
@@ -108,12 +106,12 @@ __global__ void __launch_bounds__(kVqThreads) gather_codes(RowView<T> x, CodeVie
     T* to = writable(quantized) + rows.offset(quantized, row);
     const bool counts = !rows.mask || rows.mask[row];
     for (int d = part.first; d < codebook.depth; d += part.step) {
-      float v[kVqUnit], q[kVqUnit];
+      float v[kFour], q[kFour];
       load_unit(v, from, x.depth_stride, d, codebook.depth, x.vectors);
       load_unit(q, code, 1, d, codebook.depth, codebook.vectors);
       store_unit(q, to, quantized.depth_stride, d, codebook.depth, quantized.vectors);
 #pragma unroll
-      for (int i = 0; i < kVqUnit; ++i) {
+      for (int i = 0; i < kFour; ++i) {
         const float difference = v[i] - q[i];
         if (counts) loss += static_cast<double>(difference) * difference;
       }
@@ -155,14 +153,15 @@ struct InputGradient {
   __device__ __forceinline__ float pull() const {
     if (!commitment) return 0;
     int64_t kept = counted ? 0 : rows.count;
+#pragma unroll 4  // all at once would spill
     for (int i = 0; counted && i < kCountParts; ++i) kept += counted[i];
     return static_cast<float>(2.0 * *commitment / fmax(1.0, static_cast<double>(kept) * depth));
   }
   __device__ __forceinline__ float weight(int row) const { return rows.mask && !rows.mask[row] ? 0.0f : pull(); }
-  __device__ __forceinline__ void load(float (&v)[kVqUnit], const RowView<T>& view, int row, int d) const {
+  __device__ __forceinline__ void load(float (&v)[kFour], const RowView<T>& view, int row, int d) const {
     load_unit(v, view.data + rows.offset(view, row), view.depth_stride, d, depth, view.vectors);
   }
-  __device__ __forceinline__ void store(const float (&v)[kVqUnit], int row, int d) const {
+  __device__ __forceinline__ void store(const float (&v)[kFour], int row, int d) const {
     store_unit(v, writable(dx) + rows.offset(dx, row), dx.depth_stride, d, depth, dx.vectors);
   }
 };
@@ -175,13 +174,13 @@ __global__ void __launch_bounds__(kVqThreads) straight_gradient(const __grid_con
   const int row = static_cast<int>(part.row);
   const float weight = call.weight(row);
   for (int d = part.first; d < call.depth; d += part.step) {
-    float v[kVqUnit] = {};
+    float v[kFour] = {};
     if (call.grad.data) call.load(v, call.grad, row, d);
     if (weight != 0) {  // a row that does not count may hold NaN
-      float x[kVqUnit], q[kVqUnit];
+      float x[kFour], q[kFour];
       call.load(x, call.x, row, d), call.load(q, call.quantized, row, d);
 #pragma unroll
-      for (int i = 0; i < kVqUnit; ++i) v[i] += weight * (x[i] - q[i]);
+      for (int i = 0; i < kFour; ++i) v[i] += weight * (x[i] - q[i]);
     }
     call.store(v, row, d);
   }
@@ -190,16 +189,16 @@ __global__ void __launch_bounds__(kVqThreads) straight_gradient(const __grid_con
 // dx = |q| / |x| (g - 2 r (r . g) + 2 u (v . g)) + weight * (x - q), with u = x / |x|, v = q / |q|, r = (u + v) / |u + v|: norms, then
 // products, then the result.
 template <class T>
-__global__ void __launch_bounds__(kVqThreads) rotated_gradient(const __grid_constant__ InputGradient<T> call) {
+__global__ void __launch_bounds__(kVqThreads, 3) rotated_gradient(const __grid_constant__ InputGradient<T> call) {
   const RowPart part(call.lanes);
   const bool exists = part.row < call.rows.count;
   const int row = exists ? static_cast<int>(part.row) : 0, depth = exists ? call.depth : 0;
-  float x[kVqUnit], q[kVqUnit], g[kVqUnit];
+  float x[kFour], q[kFour], g[kFour];
   double xx = 0, qq = 0;
   for (int d = part.first; d < depth; d += part.step) {
     call.load(x, call.x, row, d), call.load(q, call.quantized, row, d);
 #pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) xx += static_cast<double>(x[i]) * x[i], qq += static_cast<double>(q[i]) * q[i];
+    for (int i = 0; i < kFour; ++i) xx += static_cast<double>(x[i]) * x[i], qq += static_cast<double>(q[i]) * q[i];
   }
   const double x_norm = fmax(sqrt(row_sum(xx, call.lanes)), kSmallestNorm), q_norm = fmax(sqrt(row_sum(qq, call.lanes)), kSmallestNorm);
   const double by_x = 1.0 / x_norm, by_q = 1.0 / q_norm;
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kVqThreads) rotated_gradient(const __grid_cons
   for (int d = part.first; d < depth; d += part.step) {
     call.load(x, call.x, row, d), call.load(q, call.quantized, row, d), call.load(g, call.grad, row, d);
 #pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) {
+    for (int i = 0; i < kFour; ++i) {
       const double v = q[i] * by_q, middle = x[i] * by_x + v;
       mm += middle * middle, gm += g[i] * middle, gv += g[i] * v;
     }
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(kVqThreads) rotated_gradient(const __grid_cons
   for (int d = part.first; d < depth; d += part.step) {
     call.load(x, call.x, row, d), call.load(q, call.quantized, row, d), call.load(g, call.grad, row, d);
 #pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) {
+    for (int i = 0; i < kFour; ++i) {
       const double u = x[i] * by_x, turned = scale * (g[i] - 2 * (u + q[i] * by_q) * gm + 2 * u * gv);
       g[i] = static_cast<float>(turned + (weight == 0 ? 0.0 : static_cast<double>(weight) * (x[i] - q[i])));
     }

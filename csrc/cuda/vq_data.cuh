@@ -92,20 +92,20 @@ struct Scale {
   __device__ __forceinline__ float operator()(float v) const { return v * first * second; }
 };
 
-// Eight values of a vector from value d on; zeros behind the last.
-template <class T>
-__device__ __forceinline__ void load_unit(float (&v)[kVqUnit], const T* values, int64_t stride, int d, int depth, bool vectors) {
+// COUNT values (a multiple of four) of a vector from value d on; zeros behind the last.
+template <int COUNT, class T>
+__device__ __forceinline__ void load_unit(float (&v)[COUNT], const T* values, int64_t stride, int d, int depth, bool vectors) {
   if (vectors) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int four = 0; four < COUNT; four += 4) {
       Pack<T, 4> pack{};
-      if (d + 4 * half < depth) pack = *reinterpret_cast<const Pack<T, 4>*>(values + d + 4 * half);
+      if (d + four < depth) pack = *reinterpret_cast<const Pack<T, 4>*>(values + d + four);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[4 * half + i] = to_float(pack.v[i]);
+      for (int i = 0; i < 4; ++i) v[four + i] = to_float(pack.v[i]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kVqUnit; ++i) v[i] = d + i < depth ? to_float(values[(d + i) * stride]) : 0.0f;
+    for (int i = 0; i < COUNT; ++i) v[i] = d + i < depth ? to_float(values[(d + i) * stride]) : 0.0f;
   }
 }
 

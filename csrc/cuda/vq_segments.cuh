@@ -190,7 +190,7 @@ struct Segments {
 };
 
 template <class T, class Sum>
-__global__ void __launch_bounds__(kVqThreads) sum_segments(const __grid_constant__ Segments<T, Sum> call) {
+__global__ void __launch_bounds__(kVqThreads, 3) sum_segments(const __grid_constant__ Segments<T, Sum> call) {
   const int slabs = (call.depth + kSegmentChannels - 1) / kSegmentChannels;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kVqThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32, channel = static_cast<int>(warp % slabs) * kSegmentChannels + lane, tile = static_cast<int>(warp / slabs);
