@@ -263,6 +263,7 @@ void channel_attention(Tensor x, std::optional<Tensor> down_weight, std::optiona
   std::vector<float> own[2];
   float *p = vectors(pooled, x, "pooled", own[0]), *s = vectors(gates, x, "gates", own[1]);
   if (x.numel() == 0) return;
+  prefer_huge_output(out);
   const Sums sums(cut, Plane(x), {});
   const Scaling scaling(cut, Plane(x), residual ? Plane(*residual) : Plane(), Plane(out), static_cast<float>(res_scale));
   const auto between = [&](int64_t n, const float* partial) {
@@ -288,6 +289,7 @@ void channel_attention_backward(Tensor grad, Tensor x, Tensor pooled, Tensor gat
   const GateTape tape(weights, cut.batch, memory.data());
   if (x.numel() > 0) {
     const Sums sums(cut, Plane(x), Plane(grad));
+    if (dx) prefer_huge_output(*dx);
     const Scaling scaling(cut, Plane(grad), {}, dx ? Plane(*dx) : Plane(), static_cast<float>(res_scale));
     const auto between = [&](int64_t n, const float* partial) {
       const int64_t at = n * channels;

@@ -8,6 +8,7 @@
 #include "common/conv3x3_args.h"
 #include "cpu/conv_rows.h"
 #include "cpu/frozen.h"
+#include "cpu/pages.h"
 
 namespace fastsr::cpu {
 namespace {
@@ -30,6 +31,7 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   const Conv3x3Args a = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
   const Element type = element_of(x.scalar_type(), "conv3x3");
   if (a.batch * a.height * a.width * a.cout == 0) return;
+  prefer_huge_output(out);
   const Kernel& kernel = choose_kernel(type);
   const int64_t size = type == Element::f32 ? 4 : 2, r = a.pixel_shuffle;
 

@@ -19,6 +19,7 @@
 #include "cpu/chain.h"
 #include "cpu/conv_driver.h"
 #include "cpu/frozen.h"
+#include "cpu/pages.h"
 #include "cpu/plane.h"
 #include "cpu/wgrad.h"
 
@@ -68,6 +69,7 @@ void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optiona
   if (residual) check_pixel_major(*residual, x, x.size(1), "residual");
   check_biases(biases, s, x);
   if (out.numel() == 0) return;
+  prefer_huge_output(out);
   Chain chain = new_chain(s, x, workspace ? Plane(*workspace) : Plane());
   if (workspace) fill_prefix(x, chain.buffer, x.size(1), chain.type);
   pack_forward(chain, s, weights, biases, negative_slope, packed);

@@ -38,9 +38,23 @@ void provide_pages(void* data, int64_t bytes) {
   char* first = static_cast<char*>(page_of(reinterpret_cast<uintptr_t>(data)));
   madvise(first, static_cast<char*>(data) + bytes - first, MADV_POPULATE_WRITE);
 }
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), unit = kHugePage;
+  const uintptr_t first = (begin + unit - 1) / unit * unit, last = (begin + bytes) / unit * unit;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
 #else
 bool pages_present(const void*, int64_t) { return true; }
 void provide_pages(void*, int64_t) {}
+void prefer_huge_pages(void*, int64_t) {}
 #endif
+
+void prefer_huge_output(const torch::stable::Tensor& out) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < out.dim(); ++d) last += (out.size(d) - 1) * out.stride(d);
+  const int64_t bytes = (last + 1) * out.element_size();
+  if (bytes >= 2 * kHugePage && !pages_present(out.const_data_ptr(), bytes)) prefer_huge_pages(out.mutable_data_ptr(), bytes);
+}
 
 }  // namespace fastsr::cpu

@@ -22,6 +22,7 @@
 #include "cpu/conv_rows.h"
 #include "cpu/frozen.h"
 #include "cpu/gate.h"
+#include "cpu/pages.h"
 #include "cpu/plane.h"
 #include "cpu/wgrad.h"
 
@@ -141,6 +142,7 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
   check_dense(weight2, bias2);
   const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, up_bias, kSigmoid, kRelu);
   if (x.numel() == 0) return;
+  prefer_huge_output(out);
 
   PackedConvs convs(b.kernel, b.type, {{channels, features}, {features, channels}}, packed);
   const PackedConv conv1 = convs.take(weight1, bias1), conv2 = convs.take(weight2, bias2);

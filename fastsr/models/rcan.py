@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastsr.models.pictures import check_picture, unshuffled
 from fastsr.nn import RCAB, ChannelAttention, Conv3x3, Module, ResidualGroup, needs_grad, unfreeze
 from fastsr.nn.freezing import Freezable
 from fastsr.nn.module import Save, compute_dtype, empty_buffer, scaled
+from fastsr.nn.strips import Part, run_parts
 from fastsr.nn.tail import Step, tail
 
 #: Of the colours of DIV2K, on which RCAN is trained.
@@ -155,9 +157,9 @@ class RCAN(Freezable, Module):
             steps = [*(Step(pixel_shuffle=conv.pixel_shuffle) for conv in convs), Step(scale=scale)]
             biases = [*(scaled(conv.bias, conv.float16_scale, dtype) for conv in convs), bias]
             return tail(z, steps, [*(conv.weight for conv in convs), weight], biases, save=self.save_tail, backend=self.backend)
-        for conv in self.upsample.values():
-            z = conv(z)
-        return ops.conv3x3(z, weight, bias, scale=scale, packed=self.packed, backend=self.backend)
+        parts = [Part(conv, self.num_feat, pixel_shuffle=conv.pixel_shuffle) for conv in self.upsample.values()]  # type: ignore[arg-type]
+        last = partial(ops.conv3x3, weight=weight, bias=bias, scale=scale, packed=self.packed, backend=self.backend)
+        return run_parts(z, [*parts, Part(last, self.num_out_ch)], self.backend)
 
     def _feature_scale(self, dtype: torch.dtype) -> float:
         """T for features in this dtype."""

@@ -7,6 +7,8 @@ Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from fastsr.models.pictures import check_picture, unshuffled
 from fastsr.nn import RRDB, Conv3x3, Module, needs_grad
 from fastsr.nn.module import Save
 from fastsr.nn.rrdb import NEGATIVE_SLOPE
+from fastsr.nn.strips import Part, run_parts
 from fastsr.nn.tail import Step, tail
 
 SCALES = (1, 2, 4, 8, 16)
@@ -138,10 +141,11 @@ class RRDBNet(Module):
             steps = [Step(upsample=2, negative_slope=NEGATIVE_SLOPE)] * self.num_up + [Step(negative_slope=NEGATIVE_SLOPE), Step()]
             weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
             return tail(z, steps, weights, biases, save=self.save_tail, backend=self.backend)
-        for k in range(1, self.num_up + 1):
-            z = getattr(self, f"conv_up{k}")(z, upsample=2, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
-        z = self.conv_hr(z, activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
-        return self.conv_last(z)
+        act: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": NEGATIVE_SLOPE}
+        ups = [getattr(self, f"conv_up{k}") for k in range(1, self.num_up + 1)]
+        parts = [Part(partial(conv, upsample=2, **act), self.num_feat, upsample=2) for conv in ups]
+        parts += [Part(partial(self.conv_hr, **act), self.num_feat), Part(self.conv_last, self.num_out_ch)]
+        return run_parts(z, parts, self.backend)
 
     @property
     def trunk_share(self) -> float:
