@@ -53,6 +53,7 @@ def steps(device: str = "cuda") -> list[Any]:
         script("limits", "copy, matrix product, L2 reads, graph nodes, clusters", 150, "limits.py"),
         script("wgmma", "shifted descriptors in a swizzled tile; rate with M = 64", 90, "wgmma.py"),
         script("graphs", "CUDA graph capture and replay, side streams, every op", 120, "graphs.py"),
+        script("attention", "channel attention: two passes, one by clusters, eager", 120, "attention.py"),
         # Verbose: the last name in the output is the test that hung.
         Step("tests of ops", (*pytest, "tests/ops"), 420, "every op, compiled and Triton, on the GPU", cuda_tests),
         bench("triton", "every Triton kernel: right, and how fast", 300, "ops", "--quick", *triton, *dtypes),

@@ -125,6 +125,8 @@ def compile_file(nvcc: str, source: Path, virtual: str) -> list[Row]:
     launches = read_ptx(ptx)
     rows = []
     for mangled, arch, spills, registers, static in read_ptxas(done.stdout + done.stderr):
+        if mangled not in launches:  # not for this architecture
+            continue
         threads, dynamic = launches[mangled]
         blocks, fraction, limit = occupancy(arch, threads, registers, static + dynamic)
         rows.append(Row(source.name, readable(mangled), arch, threads, registers, spills, static, dynamic, blocks, fraction, limit))
@@ -132,12 +134,16 @@ def compile_file(nvcc: str, source: Path, virtual: str) -> list[Row]:
 
 
 def read_ptx(text: str) -> dict[str, tuple[int, int]]:
-    """Kernel -> (threads of a block by its launch bounds, dynamic shared memory by the comment of `dynamic_shared`)."""
+    """Kernel -> (threads of a block by its launch bounds, dynamic shared memory by the comment of `dynamic_shared`).
+
+    A kernel that has no body for this architecture is left out."""
     found = {}
     for part in re.split(r"(?=\.entry )", text)[1:]:
         name = re.match(r"\.entry (\w+)", part)
         threads = re.search(r"\.maxntid (\d+)", part)
         assert name is not None
+        if "// runs on sm_90a alone" in part:
+            continue
         if threads is None:
             raise SystemExit(f"ledger: {readable(name[1])} has no __launch_bounds__")
         dynamic = {int(n) for n in re.findall(r"// dynamic shared memory: (\d+) bytes", part)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +65,14 @@ def milliseconds(run: Callable[[], Any], repeats: int = 15, warm_up: int = 3, mo
         if len(times) >= 3 and sum(times) > most_seconds * 1e3:
             break
     return {"ms": median(times), "samples_ms": times}
+
+
+def hopper_forms() -> Iterator[str]:
+    """Two rounds of a loop, "" and " hopper", on a GPU of compute capability 9.0: the second with the kernels that only it can run."""
+    for value, name in (("0", ""), ("1", " hopper"))[: 1 + (torch.cuda.get_device_capability() == (9, 0))]:
+        os.environ["FASTSR_HOPPER"] = value
+        yield name
+    os.environ["FASTSR_HOPPER"] = "0"
 
 
 def build_probe(name: str) -> Path:

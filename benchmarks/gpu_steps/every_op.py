@@ -12,22 +12,24 @@ result, _ = common.arguments()
 options = suite.Options("cuda", ("float32", "bfloat16", "float16"), "tiny")
 ran: dict[str, int] = {}
 missing: dict[str, str] = {}
-for module in suite.select(["ops"]):
-    for case in suite.cases(module, options):
-        for backend in ("compiled", "triton"):
-            if backend not in case.runners:
-                continue
-            runner = case.runners[backend]
-            dtype = getattr(torch, case.dtype)
-            try:
-                call = runner.build(gate.draw_state(case, dtype))
-                call(*gate.draw_inputs(case, 1, dtype, runner.channels_last))
-            except BackendUnavailable as error:
-                missing[f"{case.subject} {backend}"] = str(error)
-                continue
-            torch.cuda.synchronize()
-            ran[f"{case.subject} {backend}"] = ran.get(f"{case.subject} {backend}", 0) + 1
-            result.save(ran=ran, missing=missing)
+for form in common.hopper_forms():
+    for module in suite.select(["ops"]):
+        for case in suite.cases(module, options):
+            for backend in ("compiled", "triton") if form == "" else ("compiled",):
+                if backend not in case.runners:
+                    continue
+                runner = case.runners[backend]
+                dtype = getattr(torch, case.dtype)
+                name = f"{case.subject} {backend}{form}"
+                try:
+                    call = runner.build(gate.draw_state(case, dtype))
+                    call(*gate.draw_inputs(case, 1, dtype, runner.channels_last))
+                except BackendUnavailable as error:
+                    missing[name] = str(error)
+                    continue
+                torch.cuda.synchronize()
+                ran[name] = ran.get(name, 0) + 1
+                result.save(ran=ran, missing=missing)
 print(f"ran: {ran}; missing: {missing}")
 if not ran:
     common.nothing_to_do("no kernel yet: no op has a fused backend here")

@@ -79,12 +79,13 @@ def main() -> int:
     # Gradients of eager convolutions inside the ops must repeat too.
     torch.backends.cudnn.deterministic = True
     found: dict[str, dict[str, Any]] = {}
-    for module in suite.select(["ops"]):
-        for case in suite.cases(module, suite.Options("cuda", ("float32", "bfloat16", "float16"), "tiny")):
-            for backend in ("compiled", "triton"):
-                if backend in case.runners:
-                    found[f"{case.name} {backend}"] = check(case, backend)
-                    result.save(checks=found)
+    for form in common.hopper_forms():
+        for module in suite.select(["ops"]):
+            for case in suite.cases(module, suite.Options("cuda", ("float32", "bfloat16", "float16"), "tiny")):
+                for backend in ("compiled", "triton") if form == "" else ("compiled",):
+                    if backend in case.runners:
+                        found[f"{case.name} {backend}{form}"] = check(case, backend)
+                        result.save(checks=found)
     bad = {name: f for name, f in found.items() if "error" in f or False in f.values()}
     done = [f for f in found.values() if "missing" not in f]
     if not done:

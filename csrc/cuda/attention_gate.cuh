@@ -20,6 +20,8 @@ struct GateCall {
   const T *down_weight, *down_bias, *up_weight, *up_bias;  // contiguous; null for none
 };
 
+constexpr int kFewChannels = 256;  // of vectors in a block's shared memory
+
 // Float32 vectors, of all images or of one: what is squeezed and the gate; the gradients of the arguments of gate and activation, and
 // what the pooling adds to the gradient of each pixel.
 struct GateVectors {

@@ -40,10 +40,12 @@ struct AttentionShape {
   bool joined;    // items lie at equal distances, without a gap between rows
   bool streamed;  // the output is too large for the L2 cache
   int unit, items;
-  int across, columns, strips, rounds;  // a strip is `rounds` times the items that a block has in flight
-  float scale;                          // of the gated branch
+  int across, columns, strips, steps;  // a strip has `steps` items for each thread
+  float scale;                         // of the gated branch
 
   __host__ __device__ int pixels() const { return height * width; }
+  __host__ __device__ int rows() const { return kAttentionThreads / across; }
+  __host__ __device__ int step() const { return planar ? across : rows(); }  // items that a block takes at once
   int64_t blocks() const { return batch * columns * strips; }
 };
 
@@ -93,15 +95,15 @@ AttentionShape attention_shape(int64_t batch, int channels, int height, int widt
   if (planar) {
     s.items = s.pixels() / s.unit;
     s.across = std::max(32, power_of_two(divided_up(s.items, flight), kAttentionThreads));
-    s.columns = divided_up(channels, kAttentionThreads / s.across);
+    s.columns = divided_up(channels, s.rows());
   } else {
     s.items = s.pixels();
     s.across = power_of_two(channels / s.unit, 32);
     s.columns = divided_up(channels / s.unit, s.across);
   }
-  const int64_t in_flight = flight * (planar ? s.across : kAttentionThreads / s.across);
-  s.rounds = divided_up(s.items, in_flight * std::max(1, kMostStrips / s.columns));
-  s.strips = divided_up(s.items, in_flight * s.rounds);
+  const int64_t in_flight = flight * s.step();
+  s.steps = flight * divided_up(s.items, in_flight * std::max(1, kMostStrips / s.columns));
+  s.strips = divided_up(s.items, static_cast<int64_t>(s.step()) * s.steps);
   return s;
 }
 
@@ -116,10 +118,9 @@ struct Place {
     column = static_cast<int>(block % s.columns);
     n = block / s.columns;
     tx = static_cast<int>(threadIdx.x) % s.across, ty = static_cast<int>(threadIdx.x) / s.across;
-    const int rows = kAttentionThreads / s.across;
-    step = s.planar ? s.across : rows;
-    channel = s.planar ? column * rows + ty : (column * s.across + tx) * kUnit;
-    const int64_t length = static_cast<int64_t>(step) * kInFlight<kUnit> * s.rounds, first = strip * length;
+    step = s.step();
+    channel = s.planar ? column * s.rows() + ty : (column * s.across + tx) * kUnit;
+    const int64_t length = static_cast<int64_t>(step) * s.steps, first = strip * length;
     begin = static_cast<int>(first) + (s.planar ? tx : ty);
     end = static_cast<int>(min(first + length, static_cast<int64_t>(s.items)));
     if (channel >= s.channels) end = begin;
@@ -160,6 +161,40 @@ struct Flight {
   }
 };
 
+// A thread's factors, and what it adds where there is no residual.
+template <int kUnit>
+struct Scaling {
+  float factor[kUnit] = {}, shift[kUnit] = {};
+
+  __device__ __forceinline__ Scaling(const AttentionShape& s, const Place<kUnit>& place, const float* gates, const float* shifts) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const int c = s.planar ? place.channel : place.channel + i;
+      if (c >= s.channels) continue;
+      factor[i] = s.scale * gates[c];
+      if (shifts) shift[i] = shifts[c];
+    }
+  }
+  // Writes the items first, first + step, ...
+  template <class T>
+  __device__ __forceinline__ void store(const AttentionShape& s, const Place<kUnit>& place, const Picture<T>& out, int first,
+                                        const Flight<T, kUnit>& x, const Flight<T, kUnit>* residual) const {
+    T* base = place.base(out);
+#pragma unroll
+    for (int k = 0; k < kInFlight<kUnit>; ++k) {
+      const int at = first + k * place.step;
+      if (at >= place.end) continue;
+      Pack<T, kUnit> y;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        y.v[i] = from_float<T>(factor[i] * to_float(x.item[k].v[i]) + (residual ? to_float(residual->item[k].v[i]) : shift[i]));
+      }
+      auto* to = reinterpret_cast<Pack<T, kUnit>*>(base + item_offset(s, out, at));
+      s.streamed ? store_once(to, y) : void(*to = y);
+    }
+  }
+};
+
 // Adds up the threads' sums in an order of their own: finish(channel, sum) once for every channel of the block.
 template <int kUnit, class Finish>
 __device__ __forceinline__ void add_threads(const AttentionShape& s, const Place<kUnit>& place, float (&sum)[kUnit], Finish finish) {
@@ -171,7 +206,7 @@ __device__ __forceinline__ void add_threads(const AttentionShape& s, const Place
 #pragma unroll
     for (int i = 1; i < kUnit; ++i) sum[0] += sum[i];
     for (int mask = min(s.across, 32) / 2; mask > 0; mask /= 2) sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
-    width = kAttentionThreads / s.across, parts = max(1, s.across / 32);
+    width = s.rows(), parts = max(1, s.across / 32);
     if (place.tx % 32 == 0) sums[place.tx / 32 * width + place.ty] = sum[0];
   } else {
     for (int mask = 16; mask >= s.across; mask /= 2) {

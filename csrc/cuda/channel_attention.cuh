@@ -1,4 +1,4 @@
-// Channel attention and its backward in two passes over the pixels.
+// Channel attention and its backward in two passes over the pixels; attention_cluster.cuh has a forward in one.
 //
 //   sum_pixels     partial[image][strip][channel] = sum of x, or of g * x                    blocks in memory order    ------->
 //   gate           partial sums -> gate: a prologue of every block of the second pass where that is little work (RCAN at 48 x 48:
@@ -22,6 +22,7 @@
 //   to be tried on hardware: 8 items in flight; images in groups that fit L2, both passes group by group; programmatic launches
 #pragma once
 
+#include "cuda/attention_cluster.cuh"
 #include "cuda/attention_gate.cuh"
 #include "cuda/attention_pixels.cuh"
 
@@ -46,44 +47,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) sum_pixels(AttentionShap
   add_threads<kUnit>(s, place, sum, [&](int channel, float total) { to[channel] = total; });
 }
 
-// A thread's factors, and what it adds where there is no residual.
-template <int kUnit>
-struct Scaling {
-  float factor[kUnit] = {}, shift[kUnit] = {};
-
-  __device__ __forceinline__ Scaling(const AttentionShape& s, const Place<kUnit>& place, const float* gates, const float* shifts) {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const int c = s.planar ? place.channel : place.channel + i;
-      if (c >= s.channels) continue;
-      factor[i] = s.scale * gates[c];
-      if (shifts) shift[i] = shifts[c];
-    }
-  }
-  // Writes the items first, first + step, ...
-  template <class T>
-  __device__ __forceinline__ void store(const AttentionShape& s, const Place<kUnit>& place, const Picture<T>& out, int first,
-                                        const Flight<T, kUnit>& x, const Flight<T, kUnit>* residual) const {
-    T* base = place.base(out);
-#pragma unroll
-    for (int k = 0; k < kInFlight<kUnit>; ++k) {
-      const int at = first + k * place.step;
-      if (at >= place.end) continue;
-      Pack<T, kUnit> y;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        y.v[i] = from_float<T>(factor[i] * to_float(x.item[k].v[i]) + (residual ? to_float(residual->item[k].v[i]) : shift[i]));
-      }
-      auto* to = reinterpret_cast<Pack<T, kUnit>*>(base + item_offset(s, out, at));
-      s.streamed ? store_once(to, y) : void(*to = y);
-    }
-  }
-};
-
-// The gate's vectors within a block of the pass over the pixels.
-constexpr int kFewChannels = 256, kFewSums = 4096;
-
 // Whether every block of an image may compute the gate: the values that it would read are few beside its pixels.
+constexpr int kFewSums = 4096;
 template <class T>
 bool gate_is_small(const AttentionShape& s, const GateCall<T>& g) {
   return g.channels <= kFewChannels && g.squeezed <= kFewChannels &&
@@ -153,8 +118,9 @@ class Attention {
 
   // `pooled` and `gates` may be null.
   void forward(const Picture<const T>& x, const Picture<const T>& residual, const Picture<T>& out, float* pooled, float* gates) const {
-    const bool inside = gate_is_small(s_, g_);
     GateVectors v{pooled, gates, nullptr, nullptr, nullptr, nullptr};
+    if (attend_by_clusters(launch_, s_, g_, v, x, residual, out)) return;
+    const bool inside = gate_is_small(s_, g_);
     if (!inside) {
       v.z = floats(g_.squeezed);
       if (!pooled) v.pooled = floats(g_.channels);

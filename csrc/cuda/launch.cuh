@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/hopper/enabled.cuh"
+
 // In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
@@ -20,7 +22,7 @@ namespace fastsr::cuda {
 // Launches kernels on the device of `tensor`, in the stream that is torch's current one now. Never kept between calls.
 class Launcher {
  public:
-  explicit Launcher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Launcher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "fastsr: this build of torch has no CUDA streams; expected a CUDA build");
     void* stream = nullptr;
@@ -30,27 +32,52 @@ class Launcher {
     check(cudaSetDevice(tensor.get_device_index()), "cudaSetDevice");
   }
 
+  // Whether kernels for sm_90a are to be used here.
+  bool hopper() const { return hopper::enabled(device_); }
+
   // `blocks` lie on grid axis x, the only one that holds 2^31 - 1 of them; none is no launch at all (an empty tensor).
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
                   std::type_identity_t<Parameters>... arguments) const {
     if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), "fastsr: a kernel needs ", blocks,
-                    " blocks; expected fewer than 2^31");
-    const void* entry = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > 48 * 1024) {
-      check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
-    }
+    const void* entry = prepared(reinterpret_cast<const void*>(kernel), blocks, shared_bytes);
     void* pointers[] = {&arguments...};
     check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream_), "cudaLaunchKernel");
   }
 
+  // The same in clusters of `cluster` blocks, whose numbers follow each other (sm_90).
+  template <class... Parameters>
+  void clustered(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                 std::type_identity_t<Parameters>... arguments) const {
+    if (blocks == 0) return;
+    const void* entry = prepared(reinterpret_cast<const void*>(kernel), blocks, shared_bytes);
+    void* pointers[] = {&arguments...};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream_, config.attrs = &attribute, config.numAttrs = 1;
+    check(cudaLaunchKernelExC(&config, entry, pointers), "cudaLaunchKernelExC");
+  }
+
  private:
+  // The kernel, allowed so much shared memory; the number of blocks is checked.
+  static const void* prepared(const void* entry, int64_t blocks, int shared_bytes) {
+    STD_TORCH_CHECK(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), "fastsr: a kernel needs ", blocks,
+                    " blocks; expected fewer than 2^31");
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
+    }
+    return entry;
+  }
+
   static void check(cudaError_t error, const char* call) {
     STD_TORCH_CHECK(error == cudaSuccess, "fastsr: ", call, " failed: ", cudaGetErrorString(error));
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
+  int device_;
   cudaStream_t stream_ = nullptr;
 };
 

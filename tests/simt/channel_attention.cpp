@@ -1,4 +1,4 @@
-// csrc/cuda/channel_attention.cuh on the CPU.
+// csrc/cuda/channel_attention.cuh on the CPU, and attention_cluster.cuh where `clusters` is set.
 #include "module.h"
 
 #include "cuda/channel_attention.cuh"
@@ -39,11 +39,11 @@ struct Allocate {
 };
 
 template <class T>
-void forward(uint64_t seed, const Shape& s, const Parameters& p, const View& x, const View& residual, const View& out, uintptr_t pooled,
+void forward(uint64_t seed, bool clusters, const Shape& s, const Parameters& p, const View& x, const View& residual, const View& out, uintptr_t pooled,
              uintptr_t gates) {
   const auto a = view<const T>(x), b = view<const T>(residual);
   const auto y = view<T>(out);
-  const simt::Launcher launch{seed};
+  const simt::Launcher launch{seed, clusters};
   const Allocate allocate;
   Attention(launch, allocate, shape_of(s, a, b, y), gate_call<T>(s, p)).forward(a, b, y, pointer<float>(pooled), pointer<float>(gates));
 }
@@ -60,12 +60,14 @@ void backward(uint64_t seed, const Shape& s, const Parameters& p, const View& gr
                 {pointer<T>(to[0]), pointer<T>(to[1]), pointer<T>(to[2]), pointer<T>(to[3])});
 }
 
-// Unit, joined, columns, strips, rounds, and whether the gate is the second pass's prologue.
+// Unit, joined, columns, strips, steps, whether the gate is the second pass's prologue, and the steps of a cluster's blocks.
 template <class T>
-std::tuple<int, bool, int, int, int, bool> cut(const Shape& s, const Parameters& p, const std::vector<View>& pictures) {
+std::tuple<int, bool, int, int, int, bool, int> cut(const Shape& s, const Parameters& p, const std::vector<View>& pictures) {
   const auto at = [&](size_t i) { return i < pictures.size() ? view<const T>(pictures[i]) : Picture<const T>{}; };
   const AttentionShape shape = shape_of(s, at(0), at(1), at(2));
-  return {shape.unit, shape.joined, shape.columns, shape.strips, shape.rounds, gate_is_small(shape, gate_call<T>(s, p))};
+  const GateCall<T> gate = gate_call<T>(s, p);
+  const int clustered = in_cluster(shape, 16 / sizeof(T), gate.channels, gate.squeezed).steps;
+  return {shape.unit, shape.joined, shape.columns, shape.strips, shape.steps, gate_is_small(shape, gate), clustered};
 }
 
 template <class T>

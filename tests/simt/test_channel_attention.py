@@ -1,6 +1,9 @@
-"""The text of csrc/cuda/channel_attention.cuh on the CPU: the op as users call it, with the shim in the native library's place."""
+"""The text of csrc/cuda/channel_attention.cuh on the CPU, and of the form for clusters: the op as users call it, with the shim in the
+native library's place."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ def view(t: Tensor | None) -> tuple[int, tuple[int, ...]]:
 class Shim:
     """`compiled.forward_into` and `backward_into`, as csrc/cuda/channel_attention.cu hands their arguments on."""
 
-    schedule = 0
+    schedule, clusters = 0, False
 
     def call(self, x: Tensor, others: list, parameters: list, scale: float, gate: str, activation: str) -> tuple:
         """The kernels of x's dtype, the shape and the gate's call."""
@@ -46,7 +49,7 @@ class Shim:
         if x.numel() == 0:
             return
         kernels, shape, gate = self.call(x, [residual, out], list(rest[:4]), *rest[4:])
-        kernels.forward(self.schedule, shape, gate, view(x), view(residual), view(out), address(pooled), address(gates))
+        kernels.forward(self.schedule, self.clusters, shape, gate, view(x), view(residual), view(out), address(pooled), address(gates))
 
     def backward_into(self, dx, gradients, grad, x, pooled, gates, *rest) -> None:
         kernels, shape, gate = self.call(x, [grad, dx], [*rest[:3], None], *rest[3:])
@@ -62,6 +65,11 @@ def shim(monkeypatch) -> Shim:
     monkeypatch.setattr(compiled, "backward_into", shim.backward_into)
     monkeypatch.setattr(backends, "why_not", lambda *_: None)
     return shim
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """Channels-last, with a gap after each row."""
+    return laid_out(torch.nn.functional.pad(x, (2, 6, 1, 1)), "channels_last")[:, :, 1:-1, 2:-6]
 
 
 def ours(*args, **options):
@@ -96,16 +104,14 @@ LARGE = (
 def test_large_images(size, layout, options, dtype):
     case = Case(size, dtype, "nchw", "plain")
     args = drawn(case, options, "channels_last" if layout != "nchw" else "nchw")
-    if layout == "row_slice":
-        args[0] = laid_out(torch.nn.functional.pad(args[0], (2, 6, 1, 1)), "channels_last")[:, :, 1:-1, 2:-6]
-    else:
-        args[0] = laid_out(args[0], layout)
+    args[0] = rows_apart(args[0]) if layout == "row_slice" else laid_out(args[0], layout)
     assert_twice_eager(flat(ours, options), flat(reference.channel_attention, options), args, case.gradient_like, NAMES)
 
 
+@pytest.mark.parametrize("clusters", [False, True], ids=["passes", "clusters"])
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
-def test_the_schedule_does_not_change_a_bit(layout, shim):
-    results = []
+def test_the_schedule_does_not_change_a_bit(layout, clusters, shim):
+    shim.clusters, results = clusters, []
     for shim.schedule in range(3):
         leaves = [t.detach().requires_grad_() for t in drawn(Case((2, 16, 20, 24), torch.float16, layout, "plain"), OPTIONS[0], layout)]
         y = flat(ours, OPTIONS[0])(*leaves)
@@ -114,8 +120,10 @@ def test_the_schedule_does_not_change_a_bit(layout, shim):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("clusters", [False, True], ids=["passes", "clusters"])
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
-def test_an_image_does_not_depend_on_its_batch(layout):
+def test_an_image_does_not_depend_on_its_batch(layout, clusters, shim):
+    shim.clusters = clusters
     args = arguments(torch.bfloat16, (5, 24, 20, 26))
     x, residual = (laid_out(args[i], layout) for i in (0, 5))
     together = ours(x, *args[1:5], residual)
@@ -123,9 +131,51 @@ def test_an_image_does_not_depend_on_its_batch(layout):
         assert torch.equal(together[n : n + 1], ours(x[n : n + 1], *args[1:5], residual[n : n + 1]))
 
 
+#: An eighth of the pixels or of the channels for each block; fewer of them than blocks; one item a thread and many.
+CLUSTERED = (
+    ((2, 64, 24, 24), torch.bfloat16, "channels_last", OPTIONS[0]),
+    ((1, 64, 40, 41), torch.float32, "channels_last", OPTIONS[4]),
+    ((3, 120, 9, 8), torch.float32, "channels_last", OPTIONS[3]),
+    ((2, 8, 1, 3), torch.float16, "channels_last", OPTIONS[2]),
+    ((1, 32, 65, 100), torch.float16, "channels_last", OPTIONS[1]),
+    ((2, 64, 24, 24), torch.bfloat16, "nchw", OPTIONS[0]),
+    ((1, 20, 16, 13), torch.float32, "nchw", OPTIONS[4]),
+    ((2, 3, 50, 60), torch.float16, "nchw", OPTIONS[1]),
+    ((1, 256, 4, 4), torch.bfloat16, "nchw", OPTIONS[3]),
+    ((2, 16, 10, 31), torch.bfloat16, "row_slice", OPTIONS[2]),
+)
+
+
+@pytest.mark.parametrize(("size", "dtype", "layout", "options"), CLUSTERED, ids=[f"{'x'.join(map(str, c[0]))}-{c[2]}" for c in CLUSTERED])
+def test_a_cluster_keeps_an_image(size, dtype, layout, options, shim):
+    shim.clusters = True
+    case = Case(size, dtype, "nchw", "plain")
+    args = drawn(case, options, "nchw" if layout == "nchw" else "channels_last")
+    args[0] = rows_apart(args[0]) if layout == "row_slice" else laid_out(args[0], layout)
+    kernels, shape, gate = shim.call(args[0], [args[5]], args[1:5], 1.0, "sigmoid", "relu")
+    assert kernels.cut(shape, gate, [view(args[0]), view(args[5])])[6] > 0, "it does not fit"
+    assert_twice_eager(flat(ours, options), flat(reference.channel_attention, options), args, case.gradient_like, NAMES)
+
+
+def test_a_cluster_is_for_images_that_fit(shim):
+    for fits, dtype, size, layout in (
+        (True, torch.bfloat16, (1, 64, 48, 48), "channels_last"),
+        (True, torch.float32, (1, 64, 48, 48), "nchw"),
+        (True, torch.bfloat16, (1, 64, 112, 112), "channels_last"),
+        (False, torch.bfloat16, (1, 64, 128, 128), "channels_last"),
+        (False, torch.bfloat16, (1, 180, 16, 16), "channels_last"),  # no units of 16 bytes
+        (False, torch.float32, (1, 64, 16, 16), "misaligned"),
+        (False, torch.float32, (1, 264, 8, 8), "nchw"),
+    ):
+        x, *parameters, _ = arguments(dtype, size, 4)
+        x = laid_out(x, layout)
+        kernels, shape, gate = shim.call(x, [], parameters, 1.0, "sigmoid", "relu")
+        assert (kernels.cut(shape, gate, [view(x)])[6] > 0) is fits, (size, layout)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "nchw", "misaligned"])
-def test_out_may_be_x_or_residual(layout):
-    for alias in (0, 5):
+def test_out_may_be_x_or_residual(layout, shim):
+    for alias, shim.clusters in itertools.product((0, 5), (False, True)):
         args = [laid_out(t, layout) if t.dim() == 4 else t for t in arguments(torch.float32, (2, 8, 16, 17))]
         expected = ours(*args)
         with torch.no_grad():
@@ -146,9 +196,9 @@ def test_only_the_gradients_asked_for():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_and_infinity_go_where_eager_lets_them(bad):
-    for options in OPTIONS:
-        args = drawn(Case((3, 5, 6, 7), torch.float32, "channels_last", "plain", seed=3), options, "nchw")
+def test_nan_and_infinity_go_where_eager_lets_them(bad, shim):
+    for options, shim.clusters in itertools.product(OPTIONS, (False, True)):
+        args = drawn(Case((3, 8, 6, 7), torch.float32, "channels_last", "plain", seed=3), options, "nchw")
         args[0][1, 2, 3, 4] = bad
         torch.testing.assert_close(flat(ours, options)(*args), flat(reference.channel_attention, options)(*args), equal_nan=True)
 
@@ -204,10 +254,11 @@ def test_the_address_sanitizer_finds_no_overrun():
     script = """
 def address(a): return a.ctypes.data
 rng = numpy.random.default_rng(0)
-for (name, kind), (c, r, h, w), planar in [
+for clusters, (name, kind), (c, r, h, w), planar in [(clusters, *case) for clusters in (False, True) for case in [
     (("float32", "f4"), (3, 2, 3, 17), False), (("bfloat16", "u2"), (20, 1, 7, 9), False), (("bfloat16", "u2"), (3, 2, 7, 9), True),
     (("float32", "f4"), (2, 1, 40, 64), True), (("float32", "f4"), (64, 4, 3, 3), False), (("float16", "u2"), (272, 17, 2, 1), False),
-]:
+    (("bfloat16", "u2"), (64, 4, 5, 8), True),
+]]:
     def make(*shape):
         a = rng.standard_normal(shape).astype("f4")
         return a if kind == "f4" else (a.view("u4") >> 16).astype("u2")
@@ -219,7 +270,7 @@ for (name, kind), (c, r, h, w), planar in [
     call = (r, 1, 0, [address(a) for a in weights])
     shape = (2, c, h, w, planar, 0.5)
     run = getattr(channel_attention, name)
-    run.forward(0, shape, call, *views[:3], address(p), address(s))
+    run.forward(0, clusters, shape, call, *views[:3], address(p), address(s))
     run.backward(0, shape, call, views[0], views[1], address(p), address(s), views[3], [address(a) for a in gradients])
 print("finished")
 """

@@ -29,6 +29,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cluster.h"
 #include "fiber.h"
 
 struct dim3 {
@@ -82,8 +83,7 @@ struct Warp {
   unsigned priority = 0;
 };
 
-class Block;
-inline Block* running = nullptr;  // one launch at a time
+inline thread_local Block* running = nullptr;
 
 // This thread's copy of the module's thread-local data, which is where `__shared__` variables live.
 inline thread_local char statics_anchor;
@@ -159,6 +159,10 @@ class Block {
     if (error_) std::rethrow_exception(error_);
   }
 
+  // The cluster that this block is number `rank` of.
+  void belong_to(Cluster& cluster, int rank) { cluster_ = &cluster, rank_ = rank; }
+  int rank() const { return rank_; }
+
   Thread& self() { return threads_[current_]; }
   int count() const { return static_cast<int>(threads_.size()); }
   char* dynamic(int bytes) const {
@@ -172,6 +176,16 @@ class Block {
     if (!Range{dynamic_.get(), static_cast<size_t>(shared_bytes_)}.holds(p, bytes) && !statics_.holds(p, bytes)) {
       fail(what, ": an address is outside of the block's shared memory");
     }
+  }
+
+  // The place of `p` in the shared memory of another block of the cluster.
+  const void* in_block(int rank, const void* p, size_t bytes) const {
+    check_shared("mapa", p, bytes, bytes);
+    if (cluster_ == nullptr || rank < 0 || rank >= cluster_->size()) fail("mapa: no block ", rank, " in the cluster");
+    const Block* other = cluster_->block(rank);
+    if (other == nullptr) fail("mapa: block ", rank, " of the cluster has ended");
+    const auto* c = static_cast<const char*>(p);
+    return statics_.holds(p, bytes) ? other->statics_.begin + (c - statics_.begin) : other->dynamic_.get() + (c - dynamic_.get());
   }
 
   // Addresses of dynamic shared memory as wgmma's descriptors hold them: 18 bits, the low ones those of the memory itself.
@@ -214,6 +228,16 @@ class Block {
     for (int i = 0; i < count(); ++i) {
       if (i != current_) warps_[threads_[i].warp].ready.push_back(i);
     }
+    give_way();
+  }
+
+  // All threads of this block, then those of the others.
+  void cluster_barrier() {
+    if (cluster_ == nullptr) fail("barrier.cluster: launched without clusters");
+    if (++at_cluster_barrier_ < count()) return park("barrier.cluster", cluster_);
+    at_cluster_barrier_ = 0;
+    cluster_->wait(rank_);
+    wake(cluster_);
     give_way();
   }
 
@@ -321,6 +345,8 @@ class Block {
   Range statics_;
   std::unique_ptr<char, Free> dynamic_;
   std::exception_ptr error_;
+  Cluster* cluster_ = nullptr;
+  int rank_ = 0, at_cluster_barrier_ = 0;
   bool fair_ = true;
   int current_ = 0, at_barrier_ = 0, finished_ = 0;
 };
@@ -338,10 +364,7 @@ struct Launcher {
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, std::type_identity_t<Parameters>... arguments) const {
     if (blocks == 0) return;
-    if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) fail("a launch of ", blocks, " blocks");
-    if (threads < 1 || threads > 1024) fail("a launch of ", threads, " threads a block");
-    const int most = (on_hopper ? 227 : 99) * 1024;  // 99 KB: sm_86, sm_89 and sm_120
-    if (shared_bytes > most) fail("a launch with ", shared_bytes, " bytes of shared memory; expected at most ", most);
+    check(blocks, threads, shared_bytes);
     static std::mutex one_launch;
     std::lock_guard lock(one_launch);
     undefined_reports = 0;
@@ -361,6 +384,47 @@ struct Launcher {
     worker.join();
     if (error) std::rethrow_exception(error);
     if (undefined_reports) fail(undefined_reports, " reports of undefined behaviour (printed on stderr)");
+  }
+
+  // The same in clusters of `cluster` blocks.
+  template <class... Parameters>
+  void clustered(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                 std::type_identity_t<Parameters>... arguments) const {
+    if (blocks == 0) return;
+    check(blocks, threads, shared_bytes);
+    if (cluster < 1 || cluster > 8 || blocks % cluster) fail("a launch of ", blocks, " blocks in clusters of ", cluster);
+    undefined_reports = 0;
+    for (int64_t first = 0; first < blocks; first += cluster) {
+      Cluster group(cluster, seed + first);
+      std::vector<std::exception_ptr> errors(cluster);
+      std::vector<std::thread> workers;
+      for (int rank = 0; rank < cluster; ++rank) {
+        workers.emplace_back([&, rank] {
+          Block block(static_cast<unsigned>(blocks), threads, shared_bytes, (seed + rank) * 2 + 1, [&] { kernel(arguments...); });
+          block.belong_to(group, rank);
+          group.join(rank, &block);
+          try {
+            block.run(static_cast<unsigned>(first + rank));
+          } catch (...) {
+            errors[rank] = std::current_exception();
+          }
+          group.leave(rank);
+        });
+      }
+      for (auto& worker : workers) worker.join();
+      for (const auto& error : errors) {
+        if (error) std::rethrow_exception(error);
+      }
+    }
+    if (undefined_reports) fail(undefined_reports, " reports of undefined behaviour (printed on stderr)");
+  }
+
+ private:
+  void check(int64_t blocks, int threads, int shared_bytes) const {
+    if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) fail("a launch of ", blocks, " blocks");
+    if (threads < 1 || threads > 1024) fail("a launch of ", threads, " threads a block");
+    const int most = (on_hopper ? 227 : 99) * 1024;  // 99 KB: sm_86, sm_89 and sm_120
+    if (shared_bytes > most) fail("a launch with ", shared_bytes, " bytes of shared memory; expected at most ", most);
   }
 };
 
