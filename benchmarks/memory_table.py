@@ -1,6 +1,6 @@
 """What a training step of RCAN and RRDBNet holds in activations under each policy: predicted, measured, and how long it takes.
 
-    python benchmarks/memory_table.py bytes         policy x (predicted, measured) at 16x3x48x48, and bytes for each LR pixel
+    python benchmarks/memory_table.py bytes         policy x (predicted, measured) at 2x3x48x48, and bytes for each LR pixel
     python benchmarks/memory_table.py times         seconds of a step for each policy, the policies in turn
     python benchmarks/memory_table.py steps         RCAN within 1 GiB beside RCAN without a plan: losses, gradients to the last bit
     python benchmarks/memory_table.py table         the record as the tables of docs/memory.md
@@ -40,7 +40,8 @@ from fastsr.models import RCAN, RRDBNet  # noqa: E402
 RECORD = ROOT / "benchmarks" / "results" / "cpu-memory.json"
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"RCAN": lambda: RCAN(3, 3), "RRDBNet": lambda: RRDBNet(3, 3)}
 SHAPE = (16, 3, 48, 48)
-TIMED = (2, 3, 48, 48)
+#: Of the table: bytes go with the batch, and so does nearly all of the time.
+SMALL = (2, 3, 48, 48)
 BUDGET = "1GiB"
 #: Slopes are taken between pictures of these sides.
 SIDES = (48, 64)
@@ -50,14 +51,14 @@ def measured() -> list[dict[str, Any]]:
     """Bytes of a step, predicted and measured."""
     rows = []
     for name, make in NETWORKS.items():
-        model, x = make(), torch.rand(SHAPE)
-        planner = Planner(model, SHAPE, torch.float32)
+        model, x = make(), torch.rand(SMALL)
+        planner = Planner(model, SMALL, torch.float32)
         for policy in POLICIES:
             plan = planner.policy(policy)
             with plan.apply(model):
                 found = memory.measure(model, x)
             row = {
-                "network": name, "policy": policy, "input": SHAPE, "recompute": plan.recompute / plan.step,
+                "network": name, "policy": policy, "input": SMALL, "recompute": plan.recompute / plan.step,
                 "predicted": {"saved": plan.memory.saved, "peak": plan.memory.peak}, "measured": {"saved": found.saved, "peak": found.peak},
             }  # fmt: skip
             rows.append(row)
@@ -83,8 +84,8 @@ def timed(rounds: int) -> list[dict[str, Any]]:
     """Seconds of forward and backward; a round takes each policy once."""
     rows = []
     for name, make in NETWORKS.items():
-        model, x = make(), torch.rand(TIMED)
-        planner = Planner(model, TIMED, torch.float32)
+        model, x = make(), torch.rand(SMALL)
+        planner = Planner(model, SMALL, torch.float32)
         plans = {policy: planner.policy(policy) for policy in POLICIES}
         seconds: dict[Policy, list[float]] = {policy: [] for policy in POLICIES}
         model(x).mean().backward()
@@ -94,7 +95,7 @@ def timed(rounds: int) -> list[dict[str, Any]]:
                     start = time.perf_counter()
                     model(x).mean().backward()
                     seconds[policy].append(time.perf_counter() - start)
-        rows += [{"network": name, "policy": policy, "input": TIMED, "seconds": samples} for policy, samples in seconds.items()]
+        rows += [{"network": name, "policy": policy, "input": SMALL, "seconds": samples} for policy, samples in seconds.items()]
     return rows
 
 
@@ -135,13 +136,14 @@ def steps(count: int, keep: Callable[[dict[str, Any]], None]) -> None:
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
     seconds = {(row["network"], row["policy"]): statistics.median(row["seconds"]) for row in record.get("times", {}).get("rows", [])}
-    heads = ("", "policy", "saved, predicted", "measured", "peak, predicted", "measured", "computed twice", "time")
+    heads = ("", "policy", "saved, predicted", "measured", "peak, predicted", "measured", "computed twice", "time")[: 8 if seconds else 7]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in record["bytes"]["rows"]:
         name, policy = row["network"], row["policy"]
         sizes = [format_bytes(row[how][what]) for what in ("saved", "peak") for how in ("predicted", "measured")]
-        ratio = seconds[name, policy] / seconds[name, "none"] if seconds else None
-        cells = [name, f"`{policy}`", *sizes, f"{row['recompute']:.1%}", "" if ratio is None else f"{ratio:.2f}x"]
+        cells = [name, f"`{policy}`", *sizes, f"{row['recompute']:.1%}"]
+        if seconds:
+            cells.append(f"{seconds[name, policy] / seconds[name, 'none']:.2f}x")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| KB for each LR pixel | policy | saved, float32 | bfloat16 | peak, float32 | bfloat16 |", "|---|---|---|---|---|---|"]
     by_dtype = {(row["network"], row["policy"], row["dtype"]): row for row in record["bytes"]["slopes"]}

@@ -25,7 +25,9 @@ def load(path_or_name: str | Path, device: torch.device | str | None = None, dty
 
     Known are: RRDBNet with any number of blocks, channels and x2 steps, with and without pixel-unshuffle, in the dialects
     of BasicSR and Real-ESRGAN, of ESRGAN, BSRGAN and RealSR, of the first ESRGAN and of ESRGAN+; RRDBNet converted for ncnn;
-    and RCAN of any size in the dialects of BasicSR and of its authors, EDSR-PyTorch and traiNNer-redux. `save` writes the
+    RCAN of any size in the dialects of BasicSR and of its authors, EDSR-PyTorch and traiNNer-redux; and VQVAE and VQVAE2, the
+    latter in rosinality's dialect too (`fastsr.weights.quantizers.read_quantizer` takes one quantiser out of other libraries'
+    files). `save` writes the
     PyTorch dialects back. A file does not show an RCAN's `res_scale`, nor in BasicSR's dialect its `img_range` and
     `rgb_mean`: they are 1, 255 and DIV2K's, and attributes to be set. Nothing is allocated before the sizes that a file claims
     have been checked against the file.

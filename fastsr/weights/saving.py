@@ -19,10 +19,11 @@ def save(model: nn.Module, path: str | Path, dialect: str = "basicsr", wrapper: 
     """Write a network's weights; `load` gives them back bit for bit.
 
     Args:
-        model: an `RRDBNet` or an `RCAN`; its parameters are written in the dtype that they have.
+        model: an `RRDBNet`, `RCAN`, `VQVAE` or `VQVAE2`; its parameters are written in the dtype that they have.
         path: ends in .pth, .pt or .ckpt (PyTorch), or in .safetensors. The file appears whole or not at all.
         dialect: "basicsr" for both (also Real-ESRGAN); for an RRDBNet "esrgan" (its later code, BSRGAN, RealSR) or "esrgan-old"
-            (its first code, ESRGAN+); for an RCAN "rcan" (its authors' code, EDSR-PyTorch, traiNNer-redux, spandrel).
+            (its first code, ESRGAN+); for an RCAN "rcan" (its authors' code, EDSR-PyTorch, traiNNer-redux, spandrel);
+            for a VQVAE or VQVAE2 "fastsr" (our names), and for a VQVAE2 "rosinality" too.
         wrapper: the key of the dictionary around the state dict, for instance "params_ema", without which
             Real-ESRGAN's own scripts read no file; None for none. For PyTorch's files only.
 

@@ -72,3 +72,20 @@ def test_ctrl_c_keeps_the_step_and_leaves_no_partial_file(tmp_path):
 def test_pictures_that_are_too_small_are_named(tmp_path):
     assert "no picture has 9600 pixels on each side" in train(tmp_path, "--patch", "2400", code=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_changes_no_number(tmp_path):
+    """The benchmark's proof on a small scale: the same losses and the same weights within a budget that asks for recomputation."""
+    words = ["--blocks", "6", "--steps", "6"]
+    for name in ("free", "within"):
+        (tmp_path / name).mkdir()
+    free = train(tmp_path / "free", *words, "--memory", "none")
+    within = train(tmp_path / "within", *words, "--memory", "1MB")
+    assert losses(within) == losses(free)
+    assert len(losses(free)) == 6
+    plan = re.search(r"plan within 1MB: peak (\d+) KiB, .*recomputes .* (\d+\.\d)% of the step", within)
+    assert plan is not None, within
+    assert int(plan[1]) <= 977
+    assert float(plan[2]) > 0
+    models = [fastsr.load(tmp_path / name / "m.pth") for name in ("free", "within")]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
