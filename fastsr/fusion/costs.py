@@ -42,5 +42,5 @@ def cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
         with Traffic() as traffic:
             fake(x)
     with fake_model(module, shape, dtype) as (fake, x):
-        memory = track(fake.requires_grad_(), x.contiguous(memory_format=torch.channels_last))
+        memory = track(fake.requires_grad_(), x.contiguous(memory_format=torch.channels_last).requires_grad_())
     return Cost(memory.saved / SIDE**2, traffic.bytes / SIDE**2)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from fastsr.backends import BACKENDS, Backend
 from fastsr.fusion.costs import cost
 from fastsr.fusion.families import COMPOSITES, MATCHERS, Candidate, Fusion
-from fastsr.fusion.proof import bare_copy, identify, prove
+from fastsr.fusion.planning import PlanAtFirstStep, forget_plan
+from fastsr.fusion.proof import bare_copy, identify, identify_moving, prove
 from fastsr.fusion.report import Cost, Report, Row
 from fastsr.fusion.structure import Refused, check_no_hooks, likeness
 from fastsr.fusion.swap import forward_of, restore, swap
@@ -23,7 +23,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 
 
-def fuse_(model: nn.Module, filter_fn: Filter | None = None, backend: Backend = "auto") -> Report:
+def fuse_(model: nn.Module, filter_fn: Filter | None = None, backend: Backend = "auto", memory: int | str | None = None) -> Report:
     """Find the blocks in `model` that our operators compute, and let them: in place, one block after another.
 
         1. match    a block's parts (their types, sizes and order, not their names) look like one of a family
@@ -34,33 +34,39 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, backend: Backend = 
     A block that fails at 2 or 3 is left as it was, with the reason in the report. Of blocks that are alike (class, parts, sizes and every
     plain attribute; only the values of parameters differ) the first is proven. Parameters and their names, hooks, the state dict,
     `requires_grad`, device and dtype stay, and so do optimizers and checkpoints. Families: residual dense blocks and RRDBs, RCABs and CABs,
-    channel attention and squeeze-and-excitation.
+    channel attention and squeeze-and-excitation, vector quantisers, and in an `nn.Sequential` 3x3 convolutions with the upsampling,
+    activation and PixelShuffle around them.
 
     Args:
         model: any module; also one inside DDP or `torch.compile`.
         filter_fn: called with each module and its name; where it returns False the block is not fused (its parts may be).
         backend: of the operators: "auto", "compiled", "triton" or "reference".
+        memory: a budget for the activations of a training step, in bytes or like "2GiB", or a policy of `fastsr.memory.plan`. The plan is
+            made in the first training step, for that step's input; later inputs should be no larger. `unfuse_` takes it out again.
 
     Returns:
         A report of all blocks that were fused, or looked as if they could be. `print` it.
 
     Raises:
         ValueError: `backend` does not exist.
+        BudgetError: in the first training step, if no plan fits.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_: model is a {type(model).__name__}; expected a torch.nn.Module")
-    inner = unwrapped(model)
+    planner = None if memory is None else PlanAtFirstStep(memory)
     walk = _Walk(filter_fn, backend)
-    walk.visit("", inner)
-    if inner is not model and walk.swapped:
-        torch.compiler.reset()  # graphs that were compiled of the model as it was
+    walk.visit("", unwrapped(model))
+    if planner is not None:
+        forget_plan(unwrapped(model))
+        unwrapped(model).register_forward_pre_hook(planner)
     return Report(model, tuple(walk.rows))
 
 
 def unfuse_(model: AnyModule) -> AnyModule:
     """Give every fused block of `model` back the forward that it had. Returns `model` itself."""
+    forget_plan(unwrapped(model))
     for module in unwrapped(model).modules():
         restore(module)
     return model
@@ -93,20 +99,25 @@ class _Walk:
     def __init__(self, filter_fn: Filter | None, backend: Backend) -> None:
         self.filter_fn, self.backend = filter_fn, backend
         self.rows: list[Row] = []
-        self.swapped = 0
         self.seen: set[int] = set()
-        self.known: dict[Any, tuple[Fusion, tuple[Cost, Cost]]] = {}  # by `likeness`
+        self.known: dict[Any, tuple[Fusion, tuple[Cost, ...]]] = {}  # by `likeness`
 
     def visit(self, name: str, module: nn.Module) -> None:
         if id(module) in self.seen or isinstance(module, (Module, Conv3x3)):  # our own, inside and out
             return
         self.seen.add(id(module))
         place = len(self.rows)
-        if self.attempt(name, module, MATCHERS, place):
+        known = forward_of(module)
+        if known is not None:
+            self.rows.append(Row(name, known.fusion.kind, False, "it is fused already"))
+            if not known.fusion.calls_parts:
+                return
+        elif self.attempt(name, module, MATCHERS, place):
             return
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
-        self.attempt(name, module, COMPOSITES, place)
+        if known is None:
+            self.attempt(name, module, COMPOSITES, place)
 
     def attempt(self, name: str, module: nn.Module, matchers: Iterable[Callable[[nn.Module], Candidate | None]], place: int) -> bool:
         """Fuse `module` if one of `matchers` knows it; True if its parts need no visit. The row goes to `place`."""
@@ -118,52 +129,48 @@ class _Walk:
                     continue
                 kind = candidate.kind
                 fusion, costs = self.fuse(name, module, candidate)
-            except Refused as reason:
-                kind = _KINDS.get(match.__name__, kind)
-                self.rows.insert(place, Row(name, kind, False, str(reason)))
+            except Exception as error:  # also of the block's own code, on an input that it was not made for
+                reason = str(error) if isinstance(error, Refused) else f"its proof failed: {type(error).__name__}: {error}"
+                self.rows.insert(place, Row(name, _KINDS.get(match.__name__, kind), False, reason.splitlines()[0]))
                 return False
             self.rows.insert(place, Row(name, fusion.kind, True, "", *costs))
             return True
         return False
 
-    def fuse(self, name: str, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, Cost]]:
+    def fuse(self, name: str, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, ...]]:
         """Steps 2 to 4."""
-        self.check(name, module)
-        key = likeness(module)
-        if key in self.known:
-            fusion, costs = self.known[key]
-            swap(module, fusion, self.backend)
-            self.swapped += 1
-            return fusion, costs
-        try:
-            fusion = identify(module, candidate)
-            prove(module, fusion, candidate.input_shape, self.backend)
-            before = cost(bare_copy(module), candidate.input_shape)
-        except Refused:
-            raise
-        except Exception as error:  # the block's own code, on an input that it was not made for
-            raise Refused(f"its proof failed: {type(error).__name__}: {error}") from error
-        swap(module, fusion, self.backend)
-        costs = (before, cost(module, candidate.input_shape))
-        if key is not None:
+        proven = module if candidate.stand_in is None else candidate.stand_in
+        self.check(name, module, proven)
+        key = likeness(proven)
+        known = self.known.get(key) if key is not None else None
+        fusion, costs = known or self.prove(proven, candidate)
+        if key is not None and not candidate.moves:  # whose fusion serves one block
             self.known[key] = fusion, costs
-        self.swapped += 1
+        swap(module, candidate.whole or fusion, self.backend)
         return fusion, costs
 
-    def check(self, name: str, module: nn.Module) -> None:
-        """What does not depend on the kind of block.
+    def prove(self, module: nn.Module, candidate: Candidate) -> tuple[Fusion, tuple[Cost, ...]]:
+        """Steps 2 and 3, and what is predicted."""
+        if candidate.moves:
+            return identify_moving(module, candidate, self.backend), ()
+        fusion = identify(module, candidate)
+        prove(module, fusion, candidate.input_shape, self.backend)
+        fused_copy = bare_copy(module, keep_fused=True)
+        swap(fused_copy, fusion, self.backend)
+        return fusion, (cost(bare_copy(module), candidate.input_shape), cost(fused_copy, candidate.input_shape))
+
+    def check(self, name: str, module: nn.Module, proven: nn.Module) -> None:
+        """What does not depend on the kind of block, whose `proven` parts the fused forward does not call.
 
         Raises:
             Refused: with the reason.
         """
-        if forward_of(module) is not None:
-            raise Refused("it is fused already")
         if self.filter_fn is not None and not self.filter_fn(module, name):
             raise Refused("filter_fn left it out")
         if "forward" in module.__dict__:
             raise Refused("its forward was replaced on the instance")
-        check_no_hooks(module)
-        for parameter in module.parameters():
+        check_no_hooks(proven)
+        for parameter in proven.parameters():
             if parameter.is_meta:
                 raise Refused("its parameters are on the meta device; fuse once they are materialised")
             if type(parameter) is not nn.Parameter:
@@ -174,6 +181,9 @@ class _Walk:
 _KINDS = {
     "match_dense_block": "residual dense block",
     "match_rrdb": "RRDB",
+    "match_convolutions": "convolutions",
     "match_rcab": "RCAB or CAB",
     "match_channel_attention": "channel attention",
+    "match_quantizer": "vector quantiser",
+    "match_moving_average": "vector quantiser (moving average)",
 }

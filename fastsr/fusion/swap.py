@@ -26,7 +26,8 @@ class FusedForward:
 
     The block's own forward runs when
 
-        - it is called with more than one tensor, or with one that the operators do not take (float64, complex, a subclass);
+        - it is called with more than one tensor or with an option that is not its default;
+        - the tensor is one that the operators do not take (float64, complex, a subclass);
         - a part that would be skipped has got hooks or another forward, or a number or a layer has changed since the proof;
         - a graph is exported or traced (`torch.export`, ONNX, `torch.jit.trace`, `torch.fx`), or functorch or forward-mode AD is on.
 
@@ -37,9 +38,13 @@ class FusedForward:
         self.module, self.fusion, self.backend = module, fusion, backend
         self.watched = watch(fusion.watched(module))
         self.enabled = True
+        signature = inspect.signature(type(module).forward)
+        simple = (bool, int, float, str, type(None))
+        self.defaults = {p.name: p.default for p in signature.parameters.values() if isinstance(p.default, simple)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self.applies(args[0]):
+        said = any(name not in self.defaults or value is not self.defaults[name] for name, value in kwargs.items())
+        if len(args) == 1 and not said and self.applies(args[0]):
             return self.fusion.run(self.module, args[0], self.backend)
         return type(self.module).forward(self.module, *args, **kwargs)
 

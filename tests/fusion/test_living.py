@@ -57,8 +57,9 @@ def test_only_forward_changes_and_comes_back(make):
     assert torch.equal(model(picture()), before)
 
 
-def test_a_second_time_changes_nothing_and_says_so():
-    model = esrgan()
+@pytest.mark.parametrize("make", [esrgan, rcan])
+def test_a_second_time_changes_nothing_and_says_so(make):
+    model = make()
     first = fastsr.fuse_(model)
     forwards = [m.forward for m in model.modules()]
     second = fastsr.fuse_(model)
@@ -298,3 +299,31 @@ def test_signature():
     block = toys.DenseSequential()
     fastsr.fuse_(block)
     assert list(inspect.signature(block.forward).parameters) == ["x"]
+
+
+@pytest.mark.parametrize("memory", ["inputs", "saved"])
+def test_memory_is_planned_in_the_first_training_step(memory):
+    model, plain = esrgan(), esrgan()
+    x = random_tensor((1, 3, 16, 16), torch.float32, 0)
+    fastsr.fuse_(model)
+    all_kept = fastsr.memory.measure(model, x)
+    if memory == "saved":
+        memory = all_kept.peak - 10_000
+    report = fastsr.fuse_(model, memory=memory)
+    assert report.fused == ()
+    assert model.body[0].rdb1.save == "all"
+    with torch.no_grad():
+        model(x)
+    assert model.body[0].rdb1.save == "all"
+    for m in (model, plain):
+        m(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max().item())
+    assert "input" in {getattr(m, "save", "") for m in model.modules()}
+    assert fastsr.memory.measure(model, x).saved < all_kept.saved
+    fastsr.unfuse_(copy.deepcopy(model))
+    fastsr.unfuse_(model)
+    assert not any(hasattr(m, "save") for m in model.modules())
+    assert not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="bytes"):
+        fastsr.fuse_(model, memory="much")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,24 +9,10 @@ import fastsr
 from fastsr.models import RCAN, RRDBNet
 from tests.harness import assert_close_as_eager
 
-WITHOUT_LIBRARY = "does not exist"
-
 
 @pytest.fixture(scope="module")
-def spandrel():
-    """The package; where torchvision is built for another torch, the two operators that its Python side registers are declared first."""
-    if importlib.util.find_spec("spandrel") is None:
-        pytest.skip("spandrel is not installed; `make peers` installs it and runs this")
-    probe = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
-    library = None
-    if probe.returncode and WITHOUT_LIBRARY in probe.stderr:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import spandrel
-
-    yield spandrel
-    del library
+def spandrel(torchvision_imports):
+    return pytest.importorskip("spandrel", reason="spandrel is not installed; `make peers` installs it and runs this")
 
 
 #: (scale, unshuffle, plus): every number of x2 steps, BasicSR's pixel-unshuffle and older networks without it.

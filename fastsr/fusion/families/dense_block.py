@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsr import ops
 from fastsr.backends import Backend
 from fastsr.fusion.families.family import Candidate, Fusion, Probe, channels_grow, fitted, slopes
-from fastsr.fusion.structure import Path, Refused, check_plain, owners, part
+from fastsr.fusion.structure import Path, Refused, check_plain, has_hooks, owners, part
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class RRDB(Fusion):
     """A chain of fused dense blocks with a skip around it, which the last of them adds. All blocks but the last are called as before."""
 
     kind = "RRDB"
+    calls_parts = True
 
     blocks: tuple[str, ...]
     residual_scale: float
@@ -76,8 +77,11 @@ class RRDB(Fusion):
         return [module]
 
     def takes(self, module: nn.Module, x: Tensor) -> bool:
+        if tuple(module._modules) != self.blocks:
+            return False
         last = getattr(module, self.blocks[-1])
-        return super().takes(module, x) and not last._forward_hooks and not last._backward_hooks
+        fusion = getattr(last.__dict__.get("forward"), "fusion", None)
+        return isinstance(fusion, DenseBlock) and not has_hooks(last) and fusion.takes(last, x)
 
 
 def match_rrdb(module: nn.Module) -> Candidate | None:

@@ -29,6 +29,7 @@ class Fusion(ABC):
     kind: ClassVar[str]
     flag: ClassVar[bool] = False  #: the operator can keep the input alone: the block gets the attribute `save` of `fastsr.memory`
     skips: ClassVar[bool] = True  #: the input is added to the result
+    calls_parts: ClassVar[bool] = False  #: blocks inside are still called, and may be fused themselves
 
     convs: tuple[Path, ...]
 
@@ -62,16 +63,24 @@ class Probe:
 
     module: nn.Module
     x: Tensor
-    y: Tensor
+    y: Any
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A block that looks like one of a family: `hypotheses` yields what it may compute, to be proven."""
+    """A block that looks like one of a family: `hypotheses` yields what it may compute, to be proven.
+
+    Attributes:
+        moves: training changes its buffers.
+        stand_in: what is proven instead of a block that calls other blocks, which may be large; `whole` is then the block's fusion.
+    """
 
     kind: str
     input_shape: tuple[int, ...]
     hypotheses: Callable[[Probe], Iterator[Fusion]]
+    moves: bool = False
+    stand_in: nn.Module | None = None
+    whole: Fusion | None = None
 
 
 def fitted(branch: Tensor, target: Tensor) -> list[float]:
@@ -93,7 +102,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.
 
 
 def channels_grow(convs: Sequence[nn.Conv2d]) -> bool:
-    """True if each of the convolutions, sorted by inputs, reads all that those before it read and wrote; the last ends where the first began."""
+    """True if each convolution, sorted by inputs, reads all that those before it read and wrote; the last ends where the first began."""
     grown = convs[0].in_channels
     for conv in convs:
         if conv.in_channels != grown:

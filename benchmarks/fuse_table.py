@@ -1,0 +1,131 @@
+"""What `fastsr.fuse_` gives in other people's networks: docs/fuse.md's table, from benchmarks/results/fuse-cpu.json.
+
+    python benchmarks/fuse_table.py measure     each network in a process of its own; needs their packages (tests/peers/requirements.txt)
+    python benchmarks/fuse_table.py             write the table again from the file
+
+Random weights, published sizes. The model with its own code and fused run in turns; medians. Memory is that of a training step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results" / "fuse-cpu.json"
+PAGE = ROOT / "docs" / "fuse.md"
+BEGIN, END = "<!-- table: python benchmarks/fuse_table.py -->", "<!-- end of table -->"
+
+#: Inputs of the table: large enough that time is spent in the blocks, small enough for a laptop.
+SHAPES = {
+    "ESRGAN x4": (1, 3, 64, 64),
+    "RCAN x4": (1, 3, 64, 64),
+    "BasicSR's RRDBNet x4": (1, 3, 64, 64),
+    "BasicSR's RCAN x4": (1, 3, 64, 64),
+    "RealCUGAN x2": (1, 3, 128, 128),
+    "RestoreFormer's quantiser": (4, 256, 32, 32),
+    "CodeFormer's quantiser": (4, 256, 32, 32),
+    "FeMaSR's quantiser": (4, 512, 32, 32),
+    "seresnet18": (4, 3, 128, 128),
+    "VectorQuantize": (4, 1024, 256),
+    "VQModel": (1, 3, 64, 64),
+}
+
+
+def declare_torchvision() -> Any:
+    """What tests/peers/conftest.py does, where torchvision was built for another torch."""
+    import torch
+
+    probe = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    if not probe.returncode or "does not exist" not in probe.stderr:
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def measure_one(package: str, name: str) -> dict[str, Any]:
+    """One network, in this process."""
+    import torch
+
+    import fastsr
+    from tests.peers.networks import NETWORKS
+
+    library = declare_torchvision()
+    torch.set_num_threads(int(os.environ.get("FASTSR_TEST_THREADS", "2")))
+    model = NETWORKS[package][name].built("full").eval()
+    x = torch.randn(SHAPES[name]).abs()
+    report = fastsr.fuse_(model)
+    kinds: dict[str, int] = {}
+    for row in report.rows:
+        if row.fused:
+            kinds[row.kind] = kinds.get(row.kind, 0) + 1
+    found: dict[str, Any] = {"package": package, "name": name, "shape": x.shape, "kinds": kinds}
+    for mode in ("inference", "training"):
+        model.train(mode == "training")
+        m = report.measure(x, training=mode == "training", repeats=3)
+        found[mode] = {"seconds": m.seconds, "difference": m.difference, "scale": m.scale}
+        if m.memory is not None:
+            found["saved"], found["peak"] = ([getattr(memory, what) for memory in m.memory] for what in ("saved", "peak"))
+    del library
+    return found
+
+
+def measure() -> None:
+    """All networks whose package is there."""
+    from fastsr.bench import environment
+    from tests.peers.networks import NETWORKS
+
+    rows = []
+    for package, networks in NETWORKS.items():
+        for name in networks:
+            if name not in SHAPES:
+                continue
+            run = subprocess.run([sys.executable, __file__, "one", package, name], capture_output=True, text=True)
+            if run.returncode:
+                print(f"{name}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            rows.append(json.loads(run.stdout.splitlines()[-1]))
+            print(name, rows[-1]["inference"]["seconds"], flush=True)
+    RESULTS.write_text(json.dumps({"environment": environment.record(2), "rows": rows}, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = "| network | input | fused | forward, ms | training step, ms | saved for backward, MB | largest difference |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
+        times = [_change([s * 1e3 for s in row[mode]["seconds"]]) for mode in ("inference", "training")]
+        saved = _change([b / 1e6 for b in row["saved"]]) if "saved" in row else ""
+        relative = row["inference"]["difference"] / max(row["inference"]["scale"], 1e-30)
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(f"| {row['name']} | {shape} | {kinds} | {' | '.join(times)} | {saved} | {relative:.0e} |")
+    return "\n".join(lines)
+
+
+def _change(pair: list[float]) -> str:
+    before, after = pair
+    return f"{before:.3g} → {after:.3g} ({before / after:.2f}x)"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["one"]:
+        print(json.dumps(measure_one(*sys.argv[2:4])))
+        return
+    if sys.argv[1:2] == ["measure"]:
+        measure()
+    text, rows = PAGE.read_text(), json.loads(RESULTS.read_text())["rows"]
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
