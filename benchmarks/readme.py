@@ -3,7 +3,8 @@
     python benchmarks/readme.py       (make report)
 
 Reads every `cpu-*.json` and `gpu-*.json` in benchmarks/results/, writes docs/benchmarks/ (report.md, plots), and replaces what stands
-between the two markers in README.md. No figure is typed by hand. Of a case that several files hold, README shows the newest run.
+between the markers in README.md (a line for each case) and in docs/benchmarks.md (what is lost). No figure is typed by hand. Of a
+case that several files hold, both show the newest run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ou
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
+
+#: Of a case the newest row of ours, and all timed rows beside it.
+Newest = dict[str, tuple[Row, list[Row]]]
+
 HEADINGS = ("case", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
 
 
@@ -29,14 +34,18 @@ def main() -> int:
     folder = ROOT / "benchmarks" / "results"
     files = [path for device in ("cpu", "gpu") for path in sorted(folder.glob(f"{device}-*.json"))]
     runs = [report.read(path) for path in files]
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"readme: README.md must hold {BEGIN!r} and {END!r} once each", file=sys.stderr)
-        return 1
+    newest = newest_of(runs)
+    pages = {"README.md": block(runs, newest), "docs/benchmarks.md": lost(newest)}
+    for name in pages:
+        text = (ROOT / name).read_text()
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            print(f"readme: {name} must hold {BEGIN!r} and {END!r} once each", file=sys.stderr)
+            return 1
     write_report(files, ROOT / "docs" / "benchmarks")
-    between = f"{BEGIN}\n{block(runs)}\n{END}"
-    readme.write_text(re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: between, text, flags=re.DOTALL))
+    for name, found in pages.items():
+        between = f"{BEGIN}\n{found}\n{END}"
+        text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _, new=between: new, (ROOT / name).read_text(), flags=re.DOTALL)
+        (ROOT / name).write_text(text)
     return 0
 
 
@@ -52,29 +61,40 @@ def write_report(files: Sequence[Path], target: Path) -> None:
             shutil.move(Path(folder) / name, target / name)
 
 
-def block(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What README says: machines, what is lost, the figure, a line for each case."""
-    machines = sorted({results.machine(run["environment"]).rsplit(",", 1)[0] for run in runs})
-    found: dict[str, tuple[Row, list[Row]]] = {}
+def newest_of(runs: Sequence[Mapping[str, Any]]) -> Newest:
+    """Every case that one of ours was timed in; on a GPU with a cold cache."""
+    found: Newest = {}
     for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
         for (case, mode), group in groups(run["results"]).items():
             if mode in ("wall", "cold") and (mine := ours(group)) is not None:
                 found[case] = (mine, group)
-    lines = [_line(case, mine, group) for case, (mine, group) in sorted(found.items())]
-    lost = losses(row for _, group in found.values() for row in group)
+    return found
+
+
+def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
+    """What README says: machines, how much is lost, the figure, a line for each case."""
+    machines = sorted({results.machine(run["environment"]).rsplit(",", 1)[0] for run in runs})
     figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
-    return "\n\n".join([f"*{'; '.join(machines)}*", _lost(lost, len(found)), figure, markdown.table(HEADINGS, lines)])
+    lines = [_line(case, mine, group) for case, (mine, group) in sorted(newest.items())]
+    cases = {mine["case"] for mine, _ in _losses(newest)}
+    said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} cases"
+    where = " ([which](docs/benchmarks.md))." if cases else "."
+    return "\n\n".join([f"*{'; '.join(machines)}*", said + where, figure, markdown.table(HEADINGS, lines)])
 
 
-def _lost(lost: Sequence[tuple[Row, Row]], cases: int) -> str:
-    """One sentence on the cases in which another runner is faster."""
-    if not lost:
-        return f"In none of the {cases} cases is another runner faster."
-    worst: dict[str, Row] = {}
-    for mine, rival in lost:
-        worst.setdefault(mine["case"], rival)
-    named = "; ".join(f"{case}: {rival['runner']}" for case, rival in worst.items())
-    return f"Another runner is faster in {len(worst)} of {cases} cases ({named})."
+def lost(newest: Newest) -> str:
+    """The cases in which another runner is faster, the largest loss first."""
+    lines = [
+        (mine["case"], markdown.ms(mine), rival["runner"], markdown.ms(rival), f"{median(rival) / median(mine):.2f}x")
+        for mine, rival in _losses(newest)
+    ]
+    if not lines:
+        return f"In none of the {len(newest)} committed cases is another runner faster."
+    return markdown.table(("case", "fastsr ms", "faster", "ms", "its time over ours"), lines)
+
+
+def _losses(newest: Newest) -> list[tuple[Row, Row]]:
+    return losses(row for _, group in newest.values() for row in group)
 
 
 def _line(case: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:

@@ -22,14 +22,14 @@ from fastsr.models import RCAN
 FORWARD = {"full": ((1, 128, 128), (1, 256, 256)), "quick": ((1, 32, 32),), "tiny": ((1, 8, 8),)}
 TRAINING = {"full": ((16, 48, 48), (32, 64, 64)), "quick": ((4, 24, 24),), "tiny": ((1, 8, 8),)}
 CROP = 64
-GROUPS, TRAINED_GROUPS = 10, 1
+GROUPS, TRAINED_GROUPS = {"full": 10, "quick": 2, "tiny": 10}, 1  # ten take torch.compile a minute
 
 
 def cases(options: Options) -> list[Case]:
     """For each dtype forward at each size, and a training step."""
     made = []
     for dtype in options.dtypes:
-        made += [case(options, dtype, image, GROUPS, backward=False) for image in FORWARD[options.sizes]]
+        made += [case(options, dtype, image, GROUPS[options.sizes], backward=False) for image in FORWARD[options.sizes]]
         made += [case(options, dtype, image, TRAINED_GROUPS, backward=True) for image in TRAINING[options.sizes]]
     return made
 

@@ -22,7 +22,7 @@ from fastsr.models import RRDBNet
 #: (blocks, (batch, height, width))
 FORWARD = {
     "full": ((23, (1, 128, 128)), (23, (1, 256, 256)), (6, (1, 540, 960))),
-    "quick": ((23, (1, 32, 32)),),
+    "quick": ((6, (1, 32, 32)),),
     "tiny": ((23, (1, 8, 8)),),
 }
 TRAINING = {"full": ((3, (16, 48, 48)), (3, (32, 64, 64))), "quick": ((1, (4, 16, 16)),), "tiny": ((1, (1, 8, 8)),)}

@@ -103,12 +103,16 @@ def test_readme_shows_the_newest_run_and_says_what_is_lost() -> None:
     old, new = a_run(auto=0.010, **{"eager channels-last": 0.02}), a_run(auto=0.016, OpenVINO=0.008, **{"eager channels-last": 0.02})
     new["environment"]["date"] = "2999-01-01"
     for order in ([old, new], [new, old]):
-        text = readme.block(order)
+        newest = readme.newest_of(order)
+        text = readme.block(order, newest)
         assert "| 16." in text
         assert "| 10." not in text
-        assert "faster in 1 of 1 cases" in text
+        assert "faster in 1 of the 1 cases" in text
         assert "0.50x OpenVINO" in text
-    assert "In none of the 1 cases" in readme.block([old])
+        assert "| OpenVINO | 8." in readme.lost(newest)
+    newest = readme.newest_of([old])
+    assert "faster in none of the 1 cases." in readme.block([old], newest)
+    assert "In none of the 1 committed cases" in readme.lost(newest)
 
 
 def test_curves_and_wide_ratios_are_drawn() -> None:
