@@ -43,9 +43,11 @@ from fastsr.kernels.vq_nearest.reference import distance_dtype
 backends.register(
     "vector_quantize",
     compiled=("cpu", "cuda"),
+    triton=("cpu", "cuda"),
     rules=(
         Rule("compiled", "the search's certificate, no one-hot, one pass of statistics", "cpu", FUSED_DTYPES),
         Rule("compiled", "the search's certificate, no one-hot, sums of sorted rows; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "the same in Triton; for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
     ),
 )
 
