@@ -25,7 +25,6 @@ Quantization with the Rotation Trick", 2024, arXiv 2410.06424; scores and mean d
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -161,7 +160,9 @@ def _mask_rows(mask: Tensor | None, x: Tensor, shape: tuple[int, ...], rows: Ten
 
 def _kernels(run: str) -> ModuleType:
     if run == "triton":
-        return importlib.import_module("fastsr.kernels.vector_quantize.triton")  # late: Triton costs seconds and may be missing
+        from fastsr.kernels.vector_quantize import triton  # imported late: Triton costs seconds and may be missing
+
+        return triton
     return compiled
 
 
