@@ -20,6 +20,7 @@ from fastsr.bench.statistics import median
 from fastsr.bench.steps import NOTHING_TO_DO
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
+CSRC = NATIVE.parent.parent / "csrc"
 
 
 class Result(dict[str, Any]):
@@ -82,7 +83,7 @@ def build_probe(name: str) -> Path:
     number = f"{major}{minor}{'a' if major >= 9 else ''}"
     program = Path(tempfile.mkdtemp(prefix="fastsr-probe-")) / name
     source = NATIVE / f"{name}.cu"
-    command = [nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
+    command = [nvcc, "-O3", "-std=c++17", f"-I{CSRC}", f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed: {done.stderr[-1500:]}")

@@ -1,13 +1,18 @@
-"""Violations of the code search's error bound on hardware."""
+"""`native/search_bound.cu`: how near the tensor cores' products come to the bound that the code search certifies; beyond it is a failure."""
 
 from __future__ import annotations
 
-from fastsr import backends
+import json
+import subprocess
+
 from fastsr.bench.cases.gpu_steps import common
 
 result, _ = common.arguments()
-searches = [op for op in backends.TABLE if "search" in op or "nearest" in op]
-result.save(ops=searches)
-if not searches:
-    common.nothing_to_do("no kernel yet: the package has no code search")
-raise SystemExit(f"{searches[0]} exists, and this step does not measure it yet")
+done = subprocess.run([str(common.build_probe("search_bound"))], capture_output=True, text=True, timeout=50, check=False)
+if done.returncode:
+    raise SystemExit(f"search_bound failed: {done.stderr}")
+found = json.loads(done.stdout)
+result.save(**found)
+print(f"{found['products']} products, at most {found['largest_ratio']:.3f} of the bound")
+if not found["largest_ratio"] <= 1:
+    raise SystemExit("the bound is broken: csrc/common/vq_bound.h needs a larger constant for this GPU")

@@ -1,4 +1,5 @@
-// The certificate of the nearest-code search: how far a computed score may lie from the true one. One text for CPU and GPU.
+// The certificate of the nearest-code search on GPUs: how far a computed score may lie from the true one. (On a CPU,
+// csrc/cpu/vq_search.cpp subtracts a mean and rounds once, which gives other terms; its bound stands there.)
 //
 // The score s_k = |e_k|^2 / 2 - x . e_k orders the codes of a row x as |x - e_k|^2 does. A search knows x' and e'_k only (x and e_k
 // times powers of two, rounded), adds their products up in float32, and finds s'_k. By Cauchy and Schwarz
