@@ -1,4 +1,4 @@
-"""`native/search_bound.cu`: how near the tensor cores' products come to the bound that the code search certifies; beyond it is a failure."""
+"""`native/search_bound.cu`: how near tensor cores come to the bound that the code search certifies; beyond it is a failure."""
 
 from __future__ import annotations
 
