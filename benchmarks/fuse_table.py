@@ -1,6 +1,7 @@
 """What `fastsr.fuse_` gives in other people's networks: docs/fuse.md's table, from benchmarks/results/fuse-cpu.json.
 
-    python benchmarks/fuse_table.py measure     each network in a process of its own; needs their packages (tests/peers/requirements.txt)
+    python benchmarks/fuse_table.py measure     each network in a process of its own; needs their packages (tests/peers/requirements.txt);
+                                                names may follow: only those are measured again
     python benchmarks/fuse_table.py             write the table again from the file
 
 Random weights, published sizes. The model with its own code and fused run in turns; medians. Memory is that of a training step.
@@ -60,6 +61,9 @@ def measure_one(package: str, name: str) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("FASTSR_TEST_THREADS", "2")))
     model = NETWORKS[package][name].built("full").eval()
     x = torch.randn(SHAPES[name]).abs()
+    for m in model.modules():
+        if isinstance(m, torch.nn.Embedding):  # codes as far apart as trained ones: else rounding alone chooses between them
+            torch.nn.init.normal_(m.weight)
     report = fastsr.fuse_(model)
     kinds: dict[str, int] = {}
     for row in report.rows:
@@ -76,21 +80,21 @@ def measure_one(package: str, name: str) -> dict[str, Any]:
     return found
 
 
-def measure() -> None:
-    """All networks whose package is there."""
+def measure(only: list[str]) -> None:
+    """All networks whose package is there, or only some."""
     from fastsr.bench import environment
     from tests.peers.networks import NETWORKS
 
-    rows = []
+    rows = json.loads(RESULTS.read_text())["rows"] if only else []
     for package, networks in NETWORKS.items():
         for name in networks:
-            if name not in SHAPES:
+            if name not in SHAPES or (only and name not in only):
                 continue
             run = subprocess.run([sys.executable, __file__, "one", package, name], capture_output=True, text=True)
             if run.returncode:
                 print(f"{name}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 continue
-            rows.append(json.loads(run.stdout.splitlines()[-1]))
+            rows = [row for row in rows if row["name"] != name] + [json.loads(run.stdout.splitlines()[-1])]
             print(name, rows[-1]["inference"]["seconds"], flush=True)
             RESULTS.write_text(json.dumps({"environment": environment.record(2), "rows": rows}, indent=1) + "\n")
 
@@ -103,9 +107,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
         times = [_change([s * 1e3 for s in row[mode]["seconds"]]) for mode in ("inference", "training")]
         saved = _change([b / 1e6 for b in row["saved"]]) if "saved" in row else ""
-        relative = row["inference"]["difference"] / max(row["inference"]["scale"], 1e-30)
+        found = row["inference"]
+        relative = "not measured" if found["difference"] is None else f"{found['difference'] / max(found['scale'], 1e-30):.0e}"
         shape = "x".join(map(str, row["shape"]))
-        lines.append(f"| {row['name']} | {shape} | {kinds} | {' | '.join(times)} | {saved} | {relative:.0e} |")
+        lines.append(f"| {row['name']} | {shape} | {kinds} | {' | '.join(times)} | {saved} | {relative} |")
     return "\n".join(lines)
 
 
@@ -119,7 +124,7 @@ def main() -> None:
         print(json.dumps(measure_one(*sys.argv[2:4])))
         return
     if sys.argv[1:2] == ["measure"]:
-        measure()
+        measure(sys.argv[2:])
     text, rows = PAGE.read_text(), json.loads(RESULTS.read_text())["rows"]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")

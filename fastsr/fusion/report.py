@@ -115,7 +115,7 @@ class Report:
         if train or any(p.requires_grad for p in self.model.parameters()):
             for fused in (False, True):
                 with own_code(self.model, not fused):
-                    memory.append(measure(self.model, example))
+                    memory.append(measure(self.model, example.clone().requires_grad_() * 1))
         difference = (outputs[0].double() - outputs[1].double()).abs().max().item()
         self.measured = Measurement(
             tuple(example.shape),
@@ -162,13 +162,14 @@ def own_code(model: nn.Module, on: bool = True) -> Iterator[None]:
 def _timed(model: nn.Module, x: Tensor, training: bool) -> tuple[float, Tensor]:
     """Seconds of a forward, or of a step, and the first output."""
     synchronise = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-    gradients = [(p, p.grad) for p in model.parameters()]
+    gradients, x = [(p, p.grad) for p in model.parameters()], x.clone()  # some networks write into their input
     with torch.set_grad_enabled(training):
         synchronise()
         begin = time.perf_counter()
         outputs = [t for t in tree_leaves(model(x)) if isinstance(t, Tensor) and t.is_floating_point()]
-        if training:
-            sum(t.float().square().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
+        losses = [t.float().square().mean() for t in outputs if t.requires_grad]
+        if training and losses:
+            torch.stack(losses).sum().backward()
         synchronise()
         seconds = time.perf_counter() - begin
     for p, grad in gradients:
