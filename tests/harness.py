@@ -150,9 +150,9 @@ def assert_twice_eager(
     `grad` makes the gradient of the output from the output. Arguments that are None stay None.
     """
     names = names or [f"argument {i}" for i in range(len(args))]
-    truth = _run(eager, args, grad, torch.float64)
-    plain = _run(eager, args, grad, None)
-    ours = _run(fused, args, grad, None)
+    truth = run(eager, args, grad, torch.float64)
+    plain = run(eager, args, grad, None)
+    ours = run(fused, args, grad, None)
     for name, t, p, o in zip(["output", *(f"gradient of {n}" for n in names)], truth, plain, ours, strict=False):
         if t is None:
             assert o is None, f"{name}: a gradient where eager has none"
@@ -162,7 +162,7 @@ def assert_twice_eager(
         assert_close_as_eager(name, o, p, t, planes=t.shape in (args[0].shape, truth[0].shape))
 
 
-def _run(
+def run(
     function: Callable[..., Tensor], args: Sequence[Tensor | None], grad: Callable[[Tensor], Tensor] | None, dtype: torch.dtype | None
 ) -> list[Tensor | None]:
     """The output and, with `grad`, the gradients of all arguments; in `dtype` if one is given."""
@@ -187,13 +187,13 @@ def assert_close_as_eager(name: str, ours: Tensor, plain: Tensor, truth: Tensor,
         return
     assert torch.isfinite(ours).all(), f"{name}: not finite"
     eps = torch.finfo(ours.dtype).eps
-    for what, error in (("tensor", _error), ("worst plane", _worst_plane))[: 1 + planes]:
+    for what, error in (("tensor", relative_error), ("worst plane", _worst_plane))[: 1 + planes]:
         e_ours, e_plain = error(ours, truth), error(plain, truth)
         bound = 2 * e_plain + 2 * eps
         assert e_ours <= bound, f"{name}: error of the {what} {e_ours:.3e}; eager has {e_plain:.3e}, so at most {bound:.3e}"
 
 
-def _error(y: Tensor, truth: Tensor) -> float:
+def relative_error(y: Tensor, truth: Tensor) -> float:
     scale = truth.abs().amax().item()
     return (y.double() - truth).abs().amax().item() / scale if scale else float(y.abs().amax())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import statistics
 from functools import partial
 
 import pytest
@@ -11,7 +13,18 @@ from torch import Tensor
 
 from fastsr import ops
 from fastsr.kernels.rcab import reference
-from tests.harness import ALL_DTYPES, DEVICE, Case, adversarial_cases, assert_twice_eager, available_backends, random_tensor
+from tests.harness import (
+    ALL_DTYPES,
+    DEVICE,
+    Case,
+    adversarial_cases,
+    assert_close_as_eager,
+    assert_twice_eager,
+    available_backends,
+    random_tensor,
+    relative_error,
+    run,
+)
 
 RUNNERS = available_backends("rcab")
 
@@ -28,7 +41,8 @@ def parameters(case: Case, features: int, hidden: int, squeezed: int, biases: bo
 
 
 # (features, hidden, squeezed, res_scale, with biases, end of the gate's shapes, save).
-# Gates are wide: the largest error of four values says little about either side.
+# Gates are wide here: behind RCAN's four squeezed channels, of which ReLU leaves two or three, eager's error in a draw may be a
+# tenth of its usual one; see `test_a_squeeze_to_four_channels_is_as_good_as_eager`.
 BLOCKS = (
     (64, 64, 16, 1.0, True, (1, 1), "all"),
     (16, 16, 12, 0.1, True, (), "input"),
@@ -57,6 +71,45 @@ def test_output_and_gradients_are_as_good_as_eager(case, block, runner):
             grad=case.gradient_like,
             names=NAMES,
         )
+
+
+#: The gradients that pass through few squeezed channels.
+FEW = ("down_weight", "down_bias", "up_weight")
+
+
+@functools.cache
+def draws(dtype: torch.dtype) -> list[tuple[Case, list[Tensor | None], list[Tensor], list[Tensor]]]:
+    """Blocks with RCAN's squeeze; what they give in float64 and in plain PyTorch."""
+    made = []
+    for seed in range(15):
+        case = Case((2, 64, 5, 7), dtype, "channels_last", "plain", seed)
+        arguments = [case.input(), *parameters(case, 64, 64, 4)]
+        truth, plain = (run(reference.rcab, arguments, case.gradient_like, d) for d in (torch.float64, None))
+        made.append((case, arguments, truth, plain))
+    return made
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_a_squeeze_to_four_channels_is_as_good_as_eager(dtype, runner):
+    """The rule for the median of fifteen draws.
+
+    Of 32,400 comparisons of single draws with squeezes of 4, 61 missed the rule, all in gradients of `FEW`. In 100 draws of float32 the
+    median error of down_bias's gradient is 0.43 of eager's, and two draws miss the rule; eager, judged against the kernels, misses it
+    in 28. The largest error of four values, two of which ReLU may have cut, is a matter of luck on either side.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in FEW}
+    with runner.active() as backend:
+        for case, arguments, truth, plain in draws(dtype):
+            ours = run(partial(ops.rcab, backend=backend), arguments, case.gradient_like, None)
+            for name, t, p, o in zip(("output", *NAMES), truth, plain, ours, strict=True):
+                if name in FEW:
+                    errors[name].append((relative_error(o, t), relative_error(p, t)))
+                else:
+                    assert_close_as_eager(name, o, p, t, planes=name in ("output", "x"))
+    for name, pairs in errors.items():
+        fused, eager = (statistics.median(values) for values in zip(*pairs, strict=True))
+        assert fused <= 2 * eager + 2 * torch.finfo(dtype).eps, f"gradient of {name}: median {fused:.3e}; eager has {eager:.3e}"
 
 
 def rcan_block(dtype: torch.dtype, size: tuple[int, int, int] = (2, 9, 11)) -> list[Tensor]:
