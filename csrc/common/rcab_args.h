@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace fastsr {
 
@@ -52,6 +53,26 @@ inline RcabShape rcab_shape(const Tensor& x, const Tensor& weight1, const Tensor
   check_rcab_floats(sums, s.batch * s.hidden * 9, "sums");
   check_rcab_floats(attention, 2 * s.batch * s.features, "attention");
   return s;
+}
+
+// Rows of weight2 lie end to end, each as [channel][tap] or, in a channels-last weight, as [tap][channel].
+inline void check_rcab_dense(const Tensor& weight2, const std::optional<Tensor>& bias2) {
+  const int64_t m = weight2.size(1);
+  const bool channels_last = weight2.stride(0) == 9 * m && weight2.stride(1) == 1 && weight2.stride(2) == 3 * m && weight2.stride(3) == m;
+  STD_TORCH_CHECK(weight2.is_contiguous() || channels_last, "rcab: weight2 is neither contiguous nor channels-last");
+  STD_TORCH_CHECK(!bias2 || bias2->is_contiguous(), "rcab: bias2 is not contiguous");
+}
+
+inline void check_rcab_backward(const Tensor& x, const RcabShape& s, const Tensor& weight2, const std::optional<Tensor>& bias2,
+                                const Tensor& grad_hidden, const std::optional<Tensor>& dx, const std::vector<Tensor>& gradients) {
+  check_rcab_pixels(grad_hidden, x, s.hidden, "grad_hidden");
+  if (dx) check_rcab_pixels(*dx, x, s.features, "dx");
+  check_rcab_bias(bias2, weight2, "bias2");
+  STD_TORCH_CHECK(weight2.is_contiguous() && (!bias2 || bias2->is_contiguous()), "rcab: weight2 or bias2 is not contiguous");
+  STD_TORCH_CHECK(gradients.empty() || gradients.size() == 8, "rcab: ", gradients.size(), " gradients; expected none or 8");
+  for (const Tensor& t : gradients) {
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type(), "rcab: a gradient is not contiguous, of x's dtype");
+  }
 }
 
 }  // namespace fastsr

@@ -121,14 +121,6 @@ void pool(const Block& b, const float* sums, const Tensor& weight2, const std::v
   for (int64_t c = 0; c < b.shape.features; ++c) pooled[c] += bias2[c];
 }
 
-// Rows of weight2 lie end to end, each as [channel][tap] or, in a channels-last weight, as [tap][channel].
-void check_dense(const Tensor& weight2, const std::optional<Tensor>& bias2) {
-  const int64_t m = weight2.size(1);
-  const bool channels_last = weight2.stride(0) == 9 * m && weight2.stride(1) == 1 && weight2.stride(2) == 3 * m && weight2.stride(3) == m;
-  STD_TORCH_CHECK(weight2.is_contiguous() || channels_last, "rcab: weight2 is neither contiguous nor channels-last");
-  STD_TORCH_CHECK(!bias2 || bias2->is_contiguous(), "rcab: bias2 is not contiguous");
-}
-
 constexpr int64_t kSigmoid = static_cast<int64_t>(Gate::sigmoid), kRelu = static_cast<int64_t>(Activation::relu);
 
 void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2, std::optional<Tensor> bias2, Tensor down_weight,
@@ -139,7 +131,7 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
   check_rcab_pixels(out, x, features, "out");
   check_rcab_bias(bias1, weight1, "bias1");
   check_rcab_bias(bias2, weight2, "bias2");
-  check_dense(weight2, bias2);
+  check_rcab_dense(weight2, bias2);
   const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, up_bias, kSigmoid, kRelu);
   if (x.numel() == 0) return;
   prefer_huge_output(out);
@@ -265,12 +257,7 @@ void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor att
   const Block b(rcab_shape(x, weight1, weight2, hidden, sums, attention), x);
   const auto [batch, features, channels, height, width] = b.shape;
   check_rcab_pixels(grad, x, features, "grad");
-  check_rcab_pixels(grad_hidden, x, channels, "grad_hidden");
-  if (dx) check_rcab_pixels(*dx, x, features, "dx");
-  check_rcab_bias(bias2, weight2, "bias2");
-  STD_TORCH_CHECK(weight2.is_contiguous() && (!bias2 || bias2->is_contiguous()), "rcab: weight2 or bias2 is not contiguous");
-  STD_TORCH_CHECK(gradients.empty() || gradients.size() == 8, "rcab: ", gradients.size(), " gradients; expected none or 8");
-  for (const Tensor& t : gradients) STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type(), "rcab: a gradient is not contiguous, of x's dtype");
+  check_rcab_backward(x, b.shape, weight2, bias2, grad_hidden, dx, gradients);
   if (x.numel() == 0) return;
   const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, std::nullopt, kSigmoid, kRelu);
 

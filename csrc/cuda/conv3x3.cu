@@ -4,35 +4,25 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
-
 #include "common/conv3x3_args.h"
-#include "cuda/launch.cuh"
+#include "cuda/image_tensors.cuh"
 
 namespace fastsr::cuda {
 namespace {
 
-int checked_int(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "conv3x3: ", name, " is ", value, "; expected less than 2^31");
-  return static_cast<int>(value);
-}
-
-template <class T>
-ImageView<const T> view(const Tensor& t, const Pixels& p) {
-  return {static_cast<const T*>(t.const_data_ptr()), {p.n, p.h, p.w}};
-}
+const char* const kOp = "conv3x3";
 
 template <class T>
 void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& residual, const Tensor& out) {
   Conv3x3Call<T> call{};
-  call.x = view<T>(x, args.x);
-  call.out = {static_cast<T*>(out.mutable_data_ptr()), {args.out.n, args.out.h, args.out.w}};
+  call.x = image_view<T>(x);
+  call.out = mutable_image_view<T>(out);
   if (bias) call.bias = static_cast<const T*>(bias->const_data_ptr()), call.bias_stride = bias->stride(0);
-  if (residual) call.skip = view<T>(*residual, args.residual);
+  if (residual) call.skip = image_view<T>(*residual);
   call.batch = args.batch;
-  call.cin = checked_int(args.cin, "the number of input channels"), call.cout = checked_int(args.cout, "the number of output channels");
-  call.height = checked_int(args.height, "the output's height"), call.width = checked_int(args.width, "the output's width");
+  call.cin = checked_int(args.cin, kOp, "the number of input channels"), call.cout = checked_int(args.cout, kOp, "the number of output channels");
+  call.height = checked_int(args.height, kOp, "the output's height"), call.width = checked_int(args.width, kOp, "the output's width");
   call.upsample = args.upsample, call.pixel_shuffle = args.pixel_shuffle;
   call.negative_slope = args.negative_slope, call.scale = args.scale, call.scale2 = 1.0f;
 
@@ -48,12 +38,7 @@ void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
              const Tensor& out, double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle,
              const std::optional<Tensor>& /* packed: only the CPU has frozen weights */) {
   const Conv3x3Args args = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return run<float>(args, x, weight, bias, residual, out);
-    case ScalarType::BFloat16: return run<__nv_bfloat16>(args, x, weight, bias, residual, out);
-    case ScalarType::Half: return run<__half>(args, x, weight, bias, residual, out);
-    default: STD_TORCH_CHECK(false, "conv3x3: x has a dtype without a CUDA kernel; expected float32, bfloat16 or float16");
-  }
+  with_element_type(x, kOp, [&]<class T>(T) { run<T>(args, x, weight, bias, residual, out); });
 }
 
 }  // namespace

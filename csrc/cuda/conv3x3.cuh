@@ -32,8 +32,8 @@
 
 namespace fastsr::cuda {
 
-// y = scale2 * (scale * f(convolution + bias) + skip) + skip2, all of y's shape; f is LeakyReLU or, where a mask is given, the
-// product with LeakyReLU's derivative at the sign of the mask's values.
+// y = scale2 * (scale * factors * f(convolution + bias) + skip) + skip2, all of y's shape; f is LeakyReLU or, where a mask is given,
+// the product with LeakyReLU's derivative at the sign of the mask's values.
 template <class T>
 struct Conv3x3Call {
   ImageView<const T> x;
@@ -47,16 +47,33 @@ struct Conv3x3Call {
   int height, width;  // of the convolution's output before PixelShuffle
   int upsample, pixel_shuffle;
   float negative_slope, scale, scale2;
+  const float* factors;  // [batch][cout], or null for ones; without PixelShuffle only
+};
+
+// What may look at the values of y as they are stored; a sink is made for one tile. All threads of a block call begin before the first
+// value is put and finish after the last one; PixelShuffle and sinks do not go together.
+struct NoSink {
+  __device__ __forceinline__ void begin() const {}
+  template <class P>
+  __device__ __forceinline__ void put(const P& /* channels side by side */, int /* y */, int /* x */, int /* channel */) const {}
+  __device__ __forceinline__ void finish(const TilePosition&, int /* height */, int /* width */, int /* cout */) const {}
+};
+
+struct MakeNoSink {
+  template <class Tile>
+  NoSink operator()() const { return {}; }
 };
 
 // From sums to y.
-template <class T>
+template <class T, class Sink>
 struct Conv3x3Epilogue {
   ImageView<const T> mask, skip, skip2;
   ImageView<T> out;
   int cout, pixel_shuffle;
   float negative_slope, scale, scale2;
+  const float* factors;
   bool vectors;  // 16-byte runs of channels lie in one pixel of y and start at multiples of 16 bytes
+  Sink sink;
 
   __device__ __forceinline__ float activate(float v) const {
     if (negative_slope == 0.0f) return v <= 0.0f ? 0.0f : v;  // this way round, NaN stays
@@ -102,7 +119,7 @@ struct Conv3x3Epilogue {
       for (int i = 0; i < COUNT; ++i) v[i] = activate(sums[i]);
     }
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] *= scale;
+    for (int i = 0; i < COUNT; ++i) v[i] *= factors ? scale * factors[image * cout + channel + i] : scale;
     if (skip.data) {
       const auto other = load<COUNT>(skip, image, y, x, channel);
 #pragma unroll
@@ -119,6 +136,7 @@ struct Conv3x3Epilogue {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) result.v[i] = from_float<T>(v[i]);
     *reinterpret_cast<Pack<T, COUNT>*>(out.at(image, y, x) + channel) = result;
+    sink.put(result, y, x, channel);
   }
 
   template <int COUNT>
@@ -133,9 +151,9 @@ struct ConvBias {
   int64_t stride;
 };
 
-template <class T, class Tile>
+template <class T, class Tile, class Sink>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    conv3x3_kernel(ConvInput<T> input, ConvWeights<T> weights, ConvBias<T> bias, Conv3x3Epilogue<T> epilogue) {
+    conv3x3_kernel(ConvInput<T> input, ConvWeights<T> weights, ConvBias<T> bias, Conv3x3Epilogue<T, Sink> epilogue) {
   const TilePosition tile = tile_position<Tile>(input.height, input.width, weights.columns);
   ConvProduct<T, Tile> product;
   product.for_each_run([&](int, int, int first, auto& sums) {
@@ -148,11 +166,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   });
   for_each_chunk<Tile>(input, weights, tile,
                        [&](const unsigned char* halo, const unsigned char* taps) { product.multiply(halo, taps); });
+  epilogue.sink.begin();
   product.for_each_run([&](int row, int column, int first, const auto& sums) {
     if (tile.y + row < input.height && tile.x + column < input.width) {
       epilogue(sums, tile.image, tile.y + row, tile.x + column, tile.column + first);
     }
   });
+  epilogue.sink.finish(tile, input.height, input.width, epilogue.cout);
 }
 
 // Columns of a tile: few for the last layers (3 channels), else whatever of 64 and 32 pads less; wider reuses the halo more.
@@ -192,21 +212,36 @@ PackedLayout packed_layout(int cout) {
   });
 }
 
-// Convolves with packed weights. launch(kernel, blocks, threads, shared bytes, arguments...) starts a kernel.
-template <class Products, class T, class Launch>
-void convolve(const Launch& launch, const Conv3x3Call<T>& call) {
+template <class Products, class T>
+int64_t tiles_of_image(const Conv3x3Call<T>& call) {
+  return Products::with_tile(call.cout, [&]<class Tile>(Tile) {
+    return static_cast<int64_t>((call.height + Tile::rows - 1) / Tile::rows) * ((call.width + kTileWidth - 1) / kTileWidth);
+  });
+}
+
+// Convolves with packed weights. launch(kernel, blocks, threads, shared bytes, arguments...) starts a kernel; make_sink<Tile>() is told
+// of what is stored.
+template <class Products, class T, class Launch, class MakeSink>
+void convolve_into(const Launch& launch, const Conv3x3Call<T>& call, MakeSink make_sink) {
   Products::with_tile(call.cout, [&]<class Tile>(Tile) {
     const int columns = packed_layout<Products>(call.cout).columns, r = call.pixel_shuffle;
-    const int64_t tiles = call.batch * ((call.height + Tile::rows - 1) / Tile::rows) * ((call.width + kTileWidth - 1) / kTileWidth);
     const bool whole_runs = r == 1 || call.cout / (r * r) % (16 / static_cast<int>(sizeof(T))) == 0;
     const bool vectors = whole_runs && call.out.starts_at_16_bytes() && call.mask.starts_at_16_bytes() && call.skip.starts_at_16_bytes() &&
                          call.skip2.starts_at_16_bytes();  // a view of nothing does
-    launch(conv3x3_kernel<T, Tile>, tiles * (columns / Tile::columns), Tile::threads, Tile::shared_bytes,
+    const auto sink = make_sink.template operator()<Tile>();
+    using Sink = std::decay_t<decltype(sink)>;
+    const int64_t blocks = call.batch * tiles_of_image<Products>(call) * (columns / Tile::columns);
+    launch(conv3x3_kernel<T, Tile, Sink>, blocks, Tile::threads, Tile::shared_bytes,
            ConvInput<T>{call.x, call.cin, call.height, call.width, call.upsample - 1, call.x.starts_at_16_bytes()},
            ConvWeights<T>{call.packed, columns}, ConvBias<T>{call.bias, call.bias_stride},
-           Conv3x3Epilogue<T>{call.mask, call.skip, call.skip2, call.out, call.cout, r, call.negative_slope, call.scale, call.scale2,
-                              vectors});
+           Conv3x3Epilogue<T, Sink>{call.mask, call.skip, call.skip2, call.out, call.cout, r, call.negative_slope, call.scale, call.scale2,
+                                    call.factors, vectors, sink});
   });
+}
+
+template <class Products, class T, class Launch>
+void convolve(const Launch& launch, const Conv3x3Call<T>& call) {
+  convolve_into<Products>(launch, call, MakeNoSink{});
 }
 
 // Packs the weights into a buffer of packed_layout's size and convolves.

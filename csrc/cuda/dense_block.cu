@@ -3,13 +3,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "common/dense_block_args.h"
-#include "cuda/launch.cuh"
+#include "cuda/image_tensors.cuh"
 
 namespace fastsr::cuda {
 
@@ -25,28 +24,13 @@ namespace {
 
 using Biases = std::vector<std::optional<Tensor>>;
 
-int checked_int(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), "dense_block: ", name, " is ", value, "; expected less than 2^31");
-  return static_cast<int>(value);
-}
-
-PixelStrides strides(const Tensor& t) { return {t.stride(0), t.stride(2), t.stride(3)}; }
-
-template <class T>
-ImageView<const T> view(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), strides(t)};
-}
-
-template <class T>
-ImageView<T> mutable_view(const Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), strides(t)};
-}
+const char* const kOp = "dense_block";
 
 template <class T>
 DenseBlock<T> describe(const DenseBlockShape& s, const std::vector<Tensor>& weights, const Biases& biases, double negative_slope) {
-  const int height = checked_int(s.height, "the height"), width = checked_int(s.width, "the width");
+  const int height = checked_int(s.height, kOp, "the height"), width = checked_int(s.width, kOp, "the width");
   DenseBlock<T> block{s.batch, height, width, static_cast<float>(negative_slope), {}};
-  checked_int(s.channels + s.begin.front(), "the number of channels");
+  checked_int(s.channels + s.begin.front(), kOp, "the number of channels");
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& w = weights[k];
     DenseConv<T> conv{};
@@ -59,19 +43,6 @@ DenseBlock<T> describe(const DenseBlockShape& s, const std::vector<Tensor>& weig
     block.convs.push_back(conv);
   }
   return block;
-}
-
-// run(T()) with the element type of `dtype`.
-template <class Run>
-void with_type(ScalarType dtype, Run run) {
-  switch (dtype) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(__nv_bfloat16());
-    case ScalarType::Half: return run(__half());
-    default:
-      STD_TORCH_CHECK(false, "dense_block: ", torch::headeronly::toString(dtype),
-                      " has no CUDA kernel; expected float32, bfloat16 or float16");
-  }
 }
 
 void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, std::optional<Tensor> given,
@@ -88,10 +59,10 @@ void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::opti
   if (out.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_type(workspace.scalar_type(), [&]<class T>(T) {
+  with_element_type(workspace, kOp, [&]<class T>(T) {
     const float scale = residual ? static_cast<float>(residual_scale) : 1.0f;
-    block_forward<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), view<T>(x),
-                           residual ? view<T>(*residual) : ImageView<const T>{}, mutable_view<T>(workspace), mutable_view<T>(out),
+    block_forward<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), image_view<T>(x),
+                           residual ? image_view<T>(*residual) : ImageView<const T>{}, mutable_image_view<T>(workspace), mutable_image_view<T>(out),
                            static_cast<float>(res_scale), scale);
   });
 }
@@ -104,9 +75,9 @@ void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, 
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_type(workspace.scalar_type(), [&]<class T>(T) {
-    block_features<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), view<T>(x),
-                            checked_int(x.size(1), "the number of features"), mutable_view<T>(workspace));
+  with_element_type(workspace, kOp, [&]<class T>(T) {
+    block_features<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), image_view<T>(x),
+                            checked_int(x.size(1), kOp, "the number of features"), mutable_image_view<T>(workspace));
   });
 }
 
@@ -129,13 +100,13 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_type(workspace.scalar_type(), [&]<class T>(T) {
+  with_element_type(workspace, kOp, [&]<class T>(T) {
     std::vector<std::pair<T*, T*>> gradients;
     for (size_t k = 0; k < dweights.size(); ++k) {
       gradients.emplace_back(static_cast<T*>(dweights[k].mutable_data_ptr()), static_cast<T*>(dbiases[k].mutable_data_ptr()));
     }
-    block_backward<T>(launch, allocate, describe<T>(s, weights, {}, negative_slope), view<T>(grad), view<T>(workspace),
-                            mutable_view<T>(grad_workspace), dx ? mutable_view<T>(*dx) : ImageView<T>{}, gradients,
+    block_backward<T>(launch, allocate, describe<T>(s, weights, {}, negative_slope), image_view<T>(grad), image_view<T>(workspace),
+                            mutable_image_view<T>(grad_workspace), dx ? mutable_image_view<T>(*dx) : ImageView<T>{}, gradients,
                             static_cast<float>(res_scale), static_cast<float>(residual_scale));
   });
 }

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cuda/conv3x3.cuh"
+#include "cuda/scale_channels.cuh"
 #include "cuda/wgrad.cuh"
 
 namespace fastsr::cuda {
@@ -49,31 +50,6 @@ struct DenseBlock {
   std::vector<DenseConv<T>> convs;
 };
 
-constexpr int kCopyThreads = 256;
-
-// to = factor * from for the first `channels` of every pixel; a thread per 16 bytes.
-template <class T>
-__global__ void __launch_bounds__(kCopyThreads) copy_channels(ImageView<const T> from, ImageView<T> to, int64_t pixels, int height,
-                                                              int width, int channels, float factor, bool vectors) {
-  constexpr int kUnit = 16 / sizeof(T);
-  const int units = (channels + kUnit - 1) / kUnit;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kCopyThreads + threadIdx.x, pixel = index / units;
-  if (pixel >= pixels) return;
-  const int channel = static_cast<int>(index % units) * kUnit, x = static_cast<int>(pixel % width);
-  const int64_t row = pixel / width;
-  const T* source = from.at(row / height, row % height, x) + channel;
-  T* target = to.at(row / height, row % height, x) + channel;
-  if (vectors && channel + kUnit <= channels) {
-    auto values = *reinterpret_cast<const Pack<T>*>(source);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) values.v[i] = from_float<T>(to_float(values.v[i]) * factor);
-    *reinterpret_cast<Pack<T>*>(target) = values;
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < min(kUnit, channels - channel); ++i) target[i] = from_float<T>(to_float(source[i]) * factor);
-  }
-}
-
 // Convolutions over prefixes of one buffer, each writing what a later one reads.
 template <class T>
 class DenseChain {
@@ -83,10 +59,7 @@ class DenseChain {
   template <class Launch>
   void fill(const Launch& launch, ImageView<const T> from, int channels, float factor) const {
     if (from.data == buffer_.data) return;
-    constexpr int kUnit = 16 / sizeof(T);
-    const int64_t pixels = block_.batch * block_.height * block_.width, units = (channels + kUnit - 1) / kUnit;
-    launch(copy_channels<T>, (pixels * units + kCopyThreads - 1) / kCopyThreads, kCopyThreads, 0, from, buffer_, pixels, block_.height,
-           block_.width, channels, factor, from.starts_at_16_bytes() && buffer_.starts_at_16_bytes());
+    scale_channels(launch, from, buffer_, block_.batch, block_.height, block_.width, channels, {factor, nullptr, nullptr});
   }
 
   // The next convolution: `inputs` -> `outputs` channels. The caller says where its result goes, and adds weights for all inputs.

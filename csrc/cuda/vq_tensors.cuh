@@ -4,28 +4,10 @@
 #include <limits>
 
 #include "common/vq_args.h"
-#include "cuda/launch.cuh"
+#include "cuda/tensors.cuh"
 #include "cuda/vq_nearest.cuh"
 
 namespace fastsr::cuda {
-
-// run(T()) with the element type of `x`.
-template <class Run>
-void with_element_type(const Tensor& x, const char* op, Run run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(__nv_bfloat16());
-    case ScalarType::Half: return run(__half());
-    default:
-      STD_TORCH_CHECK(false, op, ": ", torch::headeronly::toString(x.scalar_type()),
-                      " has no CUDA kernel; expected float32, bfloat16 or float16");
-  }
-}
-
-template <class T>
-T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
-}
 
 // Four values of T are loaded at once where they lie side by side at multiples of their size.
 template <class T>

@@ -69,14 +69,14 @@ struct WgradConv {
 template <class T>
 struct Wgrad {
   WgradConv<T> convs[kWgradConvs];
-  int count, tiles, splits;
+  int count, tiles, splits;  // splits of a group of images, whose sums are kept apart from the others'
   ImageView<const T> x;
   PixelStrides gradient_strides;
-  int64_t units;  // pixel tiles of all images
+  int64_t units;  // pixel tiles of a group
   int height, width;
   bool vectors;
   float scale;
-  float* partials;
+  float* partials;  // [group][split][tile]
 
   __device__ __forceinline__ const WgradConv<T>& conv_of(int tile) const {
     int number = 0;
@@ -212,6 +212,7 @@ __global__ void __launch_bounds__(kWgradThreads, WgradTile<T>::blocks) wgrad_ker
   const ConvInput<T> x{all.x, conv.cin, all.height, all.width, 0, all.vectors};
   const ConvInput<T> gradient{{conv.gradient, all.gradient_strides}, conv.cout, all.height, all.width, 0, conv.vectors};
   const unsigned across = (all.width + kTileWidth - 1) / kTileWidth, down = (all.height + Tile::rows - 1) / Tile::rows;
+  // Splits are counted through all groups: those of group n begin at its first unit, n * units.
   const int64_t begin = all.units * split / all.splits, end = all.units * (split + 1) / all.splits;
 
   unsigned char* shared = dynamic_shared<Tile::shared_bytes>();
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kWgradThreads, WgradTile<T>::blocks) wgrad_ker
   product.write(all.partials + static_cast<int64_t>(blockIdx.x) * kWgradPartial, with_bias);
 }
 
-// Adds the splits in their order, a thread per partial sum.
+// Adds the splits of the only group in their order, a thread per partial sum.
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) wgrad_reduce(const __grid_constant__ Wgrad<T> all) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
@@ -262,27 +263,39 @@ __global__ void __launch_bounds__(kReduceThreads) wgrad_reduce(const __grid_cons
   *target = from_float<T>(sum * all.scale);
 }
 
-// The gradients of all `convs`. launch as everywhere; allocate(bytes) gives scratch memory that lives until the kernels have run.
+// The partial sums of at most kWgradConvs convolutions, of every group of batch / groups images apart. launch as everywhere;
+// allocate(bytes) gives scratch memory that lives until the kernels have run.
+template <class T, class Launch, class Allocate>
+Wgrad<T> partial_weight_gradients(const Launch& launch, const Allocate& allocate, ImageView<const T> x, PixelStrides gradient_strides,
+                                  int64_t batch, int64_t groups, int height, int width, const WgradConv<T>* convs, int count) {
+  using Tile = WgradTile<T>;
+  Wgrad<T> some{};
+  some.count = count;
+  for (int i = 0; i < count; ++i) {
+    WgradConv<T>& conv = some.convs[i] = convs[i];
+    conv.first_tile = some.tiles;
+    conv.vectors = ImageView<const T>{conv.gradient, gradient_strides}.starts_at_16_bytes();
+    some.tiles += conv.across() * ((conv.cout + kWgradSide - 1) / kWgradSide);
+  }
+  some.x = x, some.gradient_strides = gradient_strides;
+  some.height = height, some.width = width, some.vectors = x.starts_at_16_bytes(), some.scale = 1.0f;
+  some.units = batch / groups * ((height + Tile::rows - 1) / Tile::rows) * ((width + kTileWidth - 1) / kTileWidth);
+  const int64_t apart = some.tiles * groups;
+  some.splits = static_cast<int>(std::min<int64_t>(some.units, (kWgradBlocks + apart - 1) / apart));
+  some.partials = static_cast<float*>(allocate(apart * some.splits * kWgradPartial * static_cast<int64_t>(sizeof(float))));
+  launch(wgrad_kernel<T>, apart * some.splits, kWgradThreads, Tile::shared_bytes, some);
+  return some;
+}
+
+// The gradients of all `convs`.
 template <class T, class Launch, class Allocate>
 void weight_gradients(const Launch& launch, const Allocate& allocate, ImageView<const T> x, PixelStrides gradient_strides, int64_t batch,
                       int height, int width, float scale, const std::vector<WgradConv<T>>& convs) {
-  using Tile = WgradTile<T>;
   for (size_t first = 0; first < convs.size(); first += kWgradConvs) {
-    Wgrad<T> some{};
-    some.count = static_cast<int>(std::min<size_t>(kWgradConvs, convs.size() - first));
-    for (int i = 0; i < some.count; ++i) {
-      WgradConv<T>& conv = some.convs[i] = convs[first + i];
-      conv.first_tile = some.tiles;
-      conv.vectors = ImageView<const T>{conv.gradient, gradient_strides}.starts_at_16_bytes();
-      some.tiles += conv.across() * ((conv.cout + kWgradSide - 1) / kWgradSide);
-    }
-    some.x = x, some.gradient_strides = gradient_strides;
-    some.height = height, some.width = width, some.vectors = x.starts_at_16_bytes(), some.scale = scale;
-    some.units = batch * ((height + Tile::rows - 1) / Tile::rows) * ((width + kTileWidth - 1) / kTileWidth);
-    some.splits = static_cast<int>(std::min<int64_t>(some.units, (kWgradBlocks + some.tiles - 1) / some.tiles));
-    const int64_t blocks = static_cast<int64_t>(some.tiles) * some.splits, sums = static_cast<int64_t>(some.tiles) * kWgradPartial;
-    some.partials = static_cast<float*>(allocate(blocks * kWgradPartial * static_cast<int64_t>(sizeof(float))));
-    launch(wgrad_kernel<T>, blocks, kWgradThreads, Tile::shared_bytes, some);
+    const int count = static_cast<int>(std::min<size_t>(kWgradConvs, convs.size() - first));
+    Wgrad<T> some = partial_weight_gradients(launch, allocate, x, gradient_strides, batch, 1, height, width, &convs[first], count);
+    some.scale = scale;
+    const int64_t sums = static_cast<int64_t>(some.tiles) * kWgradPartial;
     launch(wgrad_reduce<T>, (sums + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0, some);
   }
 }

@@ -39,11 +39,12 @@ from fastsr.kernels.rcab import compiled, reference
 
 backends.register(
     "rcab",
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
     triton=("cpu", "cuda"),
     rules=(
         Rule("compiled", "two passes: the gate is known before the second convolution runs", "cpu", FUSED_DTYPES),
-        Rule("triton", "two passes: the gate is known before the second convolution runs; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("compiled", "two passes, the gate known before the second; mma.sync convolutions; not measured yet", "cuda", FUSED_DTYPES),
+        Rule("triton", "two passes, the gate known before the second; for ROCm or without nvcc; not measured yet", "cuda", FUSED_DTYPES),
     ),
 )
 

@@ -1,0 +1,220 @@
+// The residual channel attention block and its backward: two convolutions of conv3x3.cuh, and vectors of the images between them.
+//
+//     forward    x --conv1, ReLU--> r, and for each tile the sums of r that the nine taps of conv2 read (conv3x3_sums.cuh)
+//                sums --add_tap_sums--> T --pool_hidden--> pooled --gate_images--> s              conv2 has not run yet
+//                r --conv2, * res_scale * s, + x--> y
+//     backward   grad, r --wgrad.cuh, a group an image--> partial sums --image_gradients--> G, ds --gate_images--> e
+//                G, T --join_images--> dweight2, dbias2                                           (rcab_gradients.cuh)
+//                res_scale * s * grad + e --> du --flipped conv2, masked by r > 0--> dr --flipped conv1, + grad--> dx
+//                x, dr --wgrad.cuh--> dweight1, dbias1
+//
+// du is written where dx will be (scaling grad while a convolution stages it would turn its asynchronous copies into loads through
+// registers, for 2 of the backward's 13 passes over pictures). Images are taken as many at a time as leave the sums of single images
+// below kImageBytes.
+//
+// Launches   forward 6: packing, conv1, two for its sums, the gate, conv2; backward 11: packing, scaling, 2 convolutions, 4 for weights,
+//            3 for the gate
+// Lives in   as conv3x3.cuh and wgrad.cuh; vectors of 9 M + 5 F values an image in L2
+// Moves      forward, a pixel: x twice, r twice, y; backward: grad 4 times, x, r twice, du and dr 2 and 3 times, dx; 27% more where a
+//            halo is read; sums 7% of r; 19 MB of partial sums each way for each of the two weights
+// Limit      147,456 FLOP a pixel at 64 channels forward, 294,912 backward; 230 FLOP a byte forward in bf16, and an H100 balances at 266
+//            from DRAM alone (16x64x48x48 is 4.7 MB a picture: L2): bound by mma.sync's rate, about 60% of 798 TFLOP/s, where there
+//            are blocks enough; float32: bound by fused multiply-adds
+//
+// predicted / measured, H100, 64 channels, squeeze 4:
+//   16x64x48x48    5.4 GFLOP   bf16, 0.007 ms at 798 TFLOP/s   forward 0.035 ms / not measured yet   backward 0.09 ms / not measured yet
+//                              float32, 0.08 ms at 67 TFLOP/s  forward 0.15 ms / not measured yet    backward 0.32 ms / not measured yet
+//   1x64x128x128   2.4 GFLOP   bf16, 0.003 ms                  forward 0.03 ms / not measured yet    backward 0.08 ms / not measured yet
+//   1x64x256x256   9.7 GFLOP   bf16, 0.012 ms                  forward 0.045 ms / not measured yet   backward 0.11 ms / not measured yet
+//                              float32, 0.14 ms                forward 0.24 ms / not measured yet    backward 0.55 ms / not measured yet
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "cuda/attention_gate.cuh"
+#include "cuda/conv3x3_sums.cuh"
+#include "cuda/rcab_gradients.cuh"
+#include "cuda/scale_channels.cuh"
+
+namespace fastsr::cuda {
+
+constexpr int64_t kImageBytes = 1 << 28;  // of partial sums and weight gradients of single images at a time
+constexpr int kPoolThreads = 256;
+
+// A convolution of the block; bias may be null.
+template <class T>
+struct RcabConv {
+  const T* weight;
+  WeightStrides strides;
+  const T* bias;
+  int64_t bias_stride;
+  int cin, cout;
+};
+
+template <class T>
+struct RcabCall {
+  int64_t batch;
+  int height, width;
+  RcabConv<T> first, second;  // the second's filters lie end to end, its bias is contiguous
+  GateCall<T> gate;
+  float res_scale;
+  int64_t image_bytes = kImageBytes;
+  int64_t pixels() const { return static_cast<int64_t>(height) * width; }
+};
+
+// What the forward leaves beside the pictures.
+struct RcabVectors {
+  float *tap_sums, *pooled, *gates;  // [image][M][9], [image][F], [image][F]
+};
+
+// pooled[image][output] = bias + the mean of conv2's output, from the sums that its taps read; a warp each.
+template <class T>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_hidden(RcabConv<T> conv, const float* tap_sums, int64_t images, float pixels, float* pooled) {
+  const int lane = threadIdx.x % 32, length = conv.cin * kTaps;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
+  if (index >= images * conv.cout) return;  // whole warps
+  const T* filter = conv.weight + index % conv.cout * conv.strides.out;
+  const float* sums = tap_sums + index / conv.cout * length;
+  const bool taps_outside = conv.strides.in == 1;  // channels-last: memory's order is tap, input
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = lane; i < length; i += 32) {
+    sum += to_float(filter[i]) * sums[taps_outside ? i % conv.cin * kTaps + i / conv.cin : i];
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (lane == 0) pooled[index] = sum / pixels + bias_at(conv.bias, static_cast<int>(index % conv.cout));
+}
+
+// The launches of one call. launch and allocate as for weight_gradients.
+template <class T, class Launch, class Allocate>
+class Rcab {
+  using Products = ExactProducts<T>;
+
+ public:
+  Rcab(const Launch& launch, const Allocate& allocate, const RcabCall<T>& call) : launch_(launch), allocate_(allocate), b_(call) {}
+
+  // Steps 1 to 5 of the operator.
+  void forward(ImageView<const T> x, ImageView<T> hidden, const RcabVectors& v, ImageView<T> out) const {
+    auto calls = packed(b_.first, b_.second);
+    Conv3x3Call<T>&first = calls.first, &second = calls.second;
+    first.x = x, first.out = hidden, first.negative_slope = 0.0f;
+    convolve_and_sum<Products>(launch_, allocate_, first, v.tap_sums);
+
+    const int64_t warps = b_.batch * b_.second.cout, per_block = kPoolThreads / 32;
+    launch_(pool_hidden<T>, (warps + per_block - 1) / per_block, kPoolThreads, 0, b_.second, v.tap_sums, b_.batch,
+            static_cast<float>(b_.pixels()), v.pooled);
+    GateVectors gate{};
+    gate.pooled = v.pooled, gate.gates = v.gates, gate.z = floats(b_.batch * b_.gate.squeezed);
+    launch_(gate_images<T, false>, b_.batch, kGateThreads, 0, b_.gate, v.pooled, 1, 1.0f, 1.0f, gate);
+
+    second.x = constant(hidden), second.skip = x, second.out = out;
+    second.scale = b_.res_scale, second.factors = v.gates;
+    convolve<Products>(launch_, std::as_const(second));
+  }
+
+  // Steps 6 to 9. dx.data may be null; `gradients` are those of the eight parameters, or null.
+  void backward(ImageView<const T> grad, ImageView<const T> x, ImageView<const T> hidden, const RcabVectors& v, ImageView<T> grad_hidden,
+                ImageView<T> dx, T* const* gradients) const {
+    const int features = b_.second.cout, channels = b_.second.cin;
+    GateVectors gate{v.pooled, v.gates, floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features),
+                     floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features)};
+    gate_gradients(grad, hidden, v, gate, gradients);
+    auto du = dx;
+    if (!du.data) {
+      const int64_t row = static_cast<int64_t>(b_.width) * features;
+      du = {static_cast<T*>(allocate_(b_.batch * b_.height * row * static_cast<int64_t>(sizeof(T)))), {b_.height * row, row, features}};
+    }
+    scale_channels(launch_, grad, du, b_.batch, b_.height, b_.width, features, {b_.res_scale, v.gates, gate.shifts});
+
+    auto calls = packed(flipped(b_.second), flipped(b_.first));
+    Conv3x3Call<T>&second = calls.first, &first = calls.second;
+    second.x = constant(du), second.mask = hidden, second.negative_slope = 0.0f, second.out = grad_hidden;
+    convolve<Products>(launch_, std::as_const(second));
+    if (dx.data) {
+      first.x = constant(grad_hidden), first.skip = grad, first.out = dx;
+      convolve<Products>(launch_, std::as_const(first));
+    }
+    if (!gradients) return;
+    weight_gradients<T>(launch_, allocate_, x, grad_hidden.strides, b_.batch, b_.height, b_.width, 1.0f,
+                        {{grad_hidden.data, gradients[0], gradients[1], features, channels, false, 0}});
+    const OuterProduct<T> up{gate.dv, gate.z, features, b_.gate.squeezed, gradients[6], gradients[7]};
+    const OuterProduct<T> down{gate.du, v.pooled, b_.gate.squeezed, features, gradients[4], gradients[5]};
+    void (*outer)(OuterProduct<T>, OuterProduct<T>, int64_t) = weight_gradients<T>;
+    const int64_t elements = 2LL * features * b_.gate.squeezed;
+    launch_(outer, (elements + kOuterThreads - 1) / kOuterThreads, kOuterThreads, 0, up, down, b_.batch);
+  }
+
+ private:
+  float* floats(int64_t count) const { return static_cast<float*>(allocate_(count * static_cast<int64_t>(sizeof(float)))); }
+  static ImageView<const T> constant(ImageView<T> view) { return {view.data, view.strides}; }
+
+  // The transposed convolution.
+  static RcabConv<T> flipped(const RcabConv<T>& conv) {
+    const WeightStrides& s = conv.strides;
+    return {conv.weight + 2 * s.row + 2 * s.column, {s.in, s.out, -s.row, -s.column}, nullptr, 0, conv.cout, conv.cin};
+  }
+
+  // Both convolutions with their weights, packed in one launch; inputs and outputs are left to the caller.
+  std::pair<Conv3x3Call<T>, Conv3x3Call<T>> packed(const RcabConv<T>& one, const RcabConv<T>& other) const {
+    std::vector<PackPart<T>> parts;
+    int64_t size = 0;
+    for (const RcabConv<T>* conv : {&one, &other}) {
+      const PackedLayout layout = packed_layout<Products>(conv->cout);
+      const int span = (conv->cin + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
+      parts.push_back({conv->weight, conv->strides, size, layout, 0, conv->cin, span, conv->cout, 1, 0});
+      size += layout.template size<T>(conv->cin);
+    }
+    T* memory = static_cast<T*>(allocate_(size * static_cast<int64_t>(sizeof(T))));
+    pack_weights(launch_, parts, memory);
+    return {described(one, memory), described(other, memory + parts[1].offset)};
+  }
+
+  Conv3x3Call<T> described(const RcabConv<T>& conv, const T* weights) const {
+    Conv3x3Call<T> call{};
+    call.packed = weights, call.bias = conv.bias, call.bias_stride = conv.bias_stride;
+    call.batch = b_.batch, call.height = b_.height, call.width = b_.width;
+    call.cin = conv.cin, call.cout = conv.cout;
+    call.upsample = call.pixel_shuffle = 1;
+    call.negative_slope = call.scale = call.scale2 = 1.0f;
+    return call;
+  }
+
+  // Fills gate's dv, du, z and shifts, and unless null dweight2 and dbias2.
+  void gate_gradients(ImageView<const T> grad, ImageView<const T> hidden, const RcabVectors& v, const GateVectors& gate, T* const* gradients) const {
+    const int features = b_.second.cout, channels = b_.second.cin, length = channels * kTaps;
+    const int64_t together = std::clamp<int64_t>(b_.image_bytes / (8LL * features * length), 1, b_.batch);
+    float *of_images = floats(together * features * length), *grad_sums = floats(together * features), *ds = floats(together * features);
+    float* total = gradients ? floats(static_cast<int64_t>(features) * (length + 1)) : nullptr;
+    // One buffer for all partial sums: the launches follow one another.
+    void* partials = nullptr;
+    int64_t size = 0;
+    const auto reused = [&](int64_t bytes) { return bytes <= size ? partials : partials = allocate_(size = bytes); };
+    for (int64_t n = 0; n < b_.batch; n += together) {
+      const int64_t images = std::min(together, b_.batch - n);
+      const WgradConv<T> conv{grad.data + n * grad.strides.n, nullptr, nullptr, channels, features, false, 0};
+      const Wgrad<T> sums = partial_weight_gradients(launch_, reused, {hidden.data + n * hidden.strides.n, hidden.strides}, grad.strides,
+                                                     images, images, b_.height, b_.width, &conv, 1);
+      launch_(image_gradients<T>, images * features, kImageThreads, 0, sums, b_.second.weight, b_.second.bias, b_.res_scale, of_images,
+              grad_sums, ds);
+      const int64_t at = n * features, squeezed = n * b_.gate.squeezed;
+      const GateVectors some{gate.pooled + at, gate.gates + at, gate.z + squeezed, gate.dv + at, gate.du + squeezed, gate.shifts + at};
+      launch_(gate_images<T, true>, images, kGateThreads, 0, b_.gate, ds, 1, 1.0f, static_cast<float>(b_.pixels()), some);
+      if (!gradients) continue;
+      const bool last = n + images == b_.batch;
+      const int64_t elements = static_cast<int64_t>(features) * (length + 1);
+      launch_(join_images<T>, (elements + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0,
+              ImageVectors{of_images, grad_sums, v.tap_sums + n * length, some.gates, some.shifts}, images, features, channels, b_.res_scale,
+              static_cast<float>(b_.pixels()), n == 0, total, last ? gradients[2] : nullptr, last ? gradients[3] : nullptr);
+    }
+  }
+
+  const Launch& launch_;
+  const Allocate& allocate_;
+  const RcabCall<T>& b_;
+};
+
+}  // namespace fastsr::cuda

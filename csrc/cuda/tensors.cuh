@@ -1,0 +1,38 @@
+// Torch's tensors as what the kernels take.
+#pragma once
+
+#include <limits>
+#include <optional>
+
+#include "cuda/launch.cuh"
+#include "cuda/numeric.cuh"
+
+namespace fastsr::cuda {
+
+using torch::stable::Tensor;
+
+// run(T()) with the element type of `x`.
+template <class Run>
+void with_element_type(const Tensor& x, const char* op, Run run) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return run(float());
+    case ScalarType::BFloat16: return run(__nv_bfloat16());
+    case ScalarType::Half: return run(__half());
+    default:
+      STD_TORCH_CHECK(false, op, ": ", torch::headeronly::toString(x.scalar_type()),
+                      " has no CUDA kernel; expected float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+inline int checked_int(int64_t value, const char* op, const char* name) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), op, ": ", name, " is ", value, "; expected less than 2^31");
+  return static_cast<int>(value);
+}
+
+}  // namespace fastsr::cuda

@@ -1,0 +1,84 @@
+// csrc/cuda/rcab.cuh on the CPU.
+#include "module.h"
+
+#include "cuda/rcab.cuh"
+
+namespace {
+
+using namespace fastsr::cuda;
+
+// A tensor's address and its strides of image, row and pixel.
+using Pixels = std::pair<uintptr_t, std::array<int64_t, 3>>;
+using Size = std::tuple<int64_t, int, int>;
+// Weight, its strides, bias and its stride, inputs, outputs.
+using Conv = std::tuple<uintptr_t, std::array<int64_t, 4>, uintptr_t, int64_t, int, int>;
+// Squeezed channels; down_weight, down_bias, up_weight, up_bias.
+using Squeeze = std::pair<int, std::array<uintptr_t, 4>>;
+// Sums of taps, pooled, gates.
+using Vectors = std::array<uintptr_t, 3>;
+
+template <class T>
+ImageView<T> view(const Pixels& p) {
+  return {pointer<T>(p.first), {p.second[0], p.second[1], p.second[2]}};
+}
+
+template <class T>
+RcabConv<T> conv_of(const Conv& c) {
+  const auto& [weight, s, bias, bias_stride, inputs, outputs] = c;
+  return {pointer<const T>(weight), {s[0], s[1], s[2], s[3]}, pointer<const T>(bias), bias_stride, inputs, outputs};
+}
+
+template <class T>
+RcabCall<T> describe(const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale) {
+  const auto& at = squeeze.second;
+  const GateCall<T> gate{std::get<5>(second), squeeze.first, fastsr::Gate::sigmoid, fastsr::Activation::relu,
+                         pointer<const T>(at[0]), pointer<const T>(at[1]), pointer<const T>(at[2]), pointer<const T>(at[3])};
+  return {std::get<0>(size), std::get<1>(size), std::get<2>(size), conv_of<T>(first), conv_of<T>(second), gate, res_scale};
+}
+
+RcabVectors vectors_of(const Vectors& v) { return {pointer<float>(v[0]), pointer<float>(v[1]), pointer<float>(v[2])}; }
+
+// Poisoned memory until the end of the call.
+struct Allocate {
+  mutable std::vector<Scratch<char>> kept;
+  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
+};
+
+template <class T>
+void forward(uint64_t seed, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale, const Pixels& x,
+             const Pixels& hidden, const Vectors& vectors, const Pixels& out) {
+  const simt::Launcher launch{seed};
+  const Allocate allocate;
+  const RcabCall<T> call = describe<T>(size, first, second, squeeze, res_scale);
+  Rcab(launch, allocate, call).forward(view<const T>(x), view<T>(hidden), vectors_of(vectors), view<T>(out));
+}
+
+template <class T>
+void backward(uint64_t seed, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale,
+              const Pixels& grad, const Pixels& x, const Pixels& hidden, const Vectors& vectors, const Pixels& grad_hidden, const Pixels& dx,
+              const std::vector<uintptr_t>& gradients, int64_t image_bytes) {
+  const simt::Launcher launch{seed};
+  const Allocate allocate;
+  RcabCall<T> call = describe<T>(size, first, second, squeeze, res_scale);
+  call.image_bytes = image_bytes;
+  std::vector<T*> to;
+  for (uintptr_t address : gradients) to.push_back(pointer<T>(address));
+  Rcab(launch, allocate, call)
+      .backward(view<const T>(grad), view<const T>(x), view<const T>(hidden), vectors_of(vectors), view<T>(grad_hidden), view<T>(dx),
+                to.empty() ? nullptr : to.data());
+}
+
+template <class T>
+void define(py::module_& m, const char* name) {
+  py::module_ part = m.def_submodule(name);
+  part.def("forward", forward<T>);
+  part.def("backward", backward<T>);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SIMT_MODULE, m) {
+  define<float>(m, "float32");
+  define<__nv_bfloat16>(m, "bfloat16");
+  define<__half>(m, "float16");
+}
