@@ -18,6 +18,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A barrier among the first THREADS threads of the block, a multiple of 32.
+template <int THREADS>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
 // Starts a copy of `bytes` <= 16 bytes and fills the rest of the 16 with zeros; nothing behind `bytes` is read.
 // Both addresses are multiples of 16. The data are there after wait_copies, for other threads after a barrier too.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {

@@ -23,6 +23,7 @@
 //   (16384, 8192, 256)   68.7 GFLOP    0.086 ms                   0.180 ms / not measured yet     target 0.150
 #pragma once
 
+#include "cuda/hopper/vq_search.cuh"
 #include "cuda/vq_search.cuh"
 
 namespace fastsr::cuda {
@@ -78,6 +79,11 @@ class NearestSearch {
     launch_(pack_codes<Product, T>, heads_ * tiles_, kVqThreads, 0, call_.codebook, parts_, packed, stages, statistics, call_.cosine, from, few);
     const Search<T> arguments{call_.x, call_.codebook, packed, statistics, from, to, few, call_.cosine, call_.answer};
     const int slabs = (depth + Product::slab_depth - 1) / Product::slab_depth;
+    if constexpr (std::is_same_v<Product, TensorProduct>) {
+      if (slabs <= Product::most_slabs && launch_.hopper()) {
+        return slabs == 1 ? search_on_hopper<1>(arguments) : search_on_hopper<Product::most_slabs>(arguments);
+      }
+    }
     if (slabs == 1) {
       search<Product, 1>(arguments);
     } else if (slabs <= Product::most_slabs) {
@@ -89,9 +95,16 @@ class NearestSearch {
 
   template <class Product, int SLABS>
   void search(const Search<T>& arguments) const {
-    const int64_t blocks = heads_ * ((call_.rows + kVqSide - 1) / kVqSide);
-    launch_(search_rows<Product, SLABS, T>, blocks, kVqThreads, SearchMemory<Product, SLABS>::bytes, arguments);
+    launch_(search_rows<Product, SLABS, T>, row_blocks(), kVqThreads, SearchMemory<Product, SLABS>::bytes, arguments);
   }
+
+  // Reads the same packed codebook.
+  template <int SLABS>
+  void search_on_hopper(const Search<T>& arguments) const {
+    launch_(hopper::search_rows_hopper<SLABS, T>, row_blocks(), hopper::kSearchThreads, hopper::SearchRing<SLABS>::bytes, arguments);
+  }
+
+  int64_t row_blocks() const { return heads_ * ((call_.rows + kVqSide - 1) / kVqSide); }
 
   const NearestCall<T>& call_;
   const Launch& launch_;

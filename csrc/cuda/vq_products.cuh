@@ -34,7 +34,10 @@ struct Kept {
   __device__ __forceinline__ void insert(float v, int number) {
 #pragma unroll
     for (int i = KEEP; i > 0; --i) {
-      if (i < KEEP) group[i] = v < value[i - 1] ? group[i - 1] : v < value[i] ? number : group[i];
+      if (i < KEEP) {
+        const int stays = v < value[i] ? number : group[i];
+        group[i] = v < value[i - 1] ? group[i - 1] : stays;
+      }
       value[i] = fminf(value[i], fmaxf(value[i - 1], v));
     }
     group[0] = v < value[0] ? number : group[0];
@@ -45,12 +48,13 @@ struct Kept {
 // IEEE float32 fused multiply-adds.
 struct FmaProduct {
   static constexpr int depth = 16, slab_depth = 64;  // of a stage of codes; of a slab of rows
-  static constexpr int stages = 2, owners = 16, keep = 1, rows = 8;
+  static constexpr int owners = 16, keep = 1, rows = 8;
   static constexpr int most_slabs = 1;  // that stay in shared memory
   static constexpr int blocks(int slabs) { return slabs ? 2 : 1; }  // of a multiprocessor, for which registers are left
+  static constexpr int stages(int /* slabs */) { return 2; }        // of codes in shared memory
   static constexpr int pitch = kVqSide + 4;
   static constexpr int slab_bytes = slab_depth * pitch * 4;
-  static constexpr int blob_bytes = depth * kVqSide * 4 + kVqSide * 4;
+  static constexpr int blob_bytes = depth * kVqSide * 4 + kVqSide * 4, blob_pitch = blob_bytes;  // pitch: in shared memory
   float sums[8][8];
 
   static __device__ __forceinline__ double accumulation(int64_t d) { return vq::fma_error(d); }
@@ -110,20 +114,30 @@ struct FmaProduct {
   }
 };
 
+// Offers a row's group, four pairs of codes whose products are sum(0 .. 7): the least of s' = ratio |e|^2 / 2 - sum.
+template <int KEEP, class Sum>
+__device__ __forceinline__ void offer_pairs(Kept<KEEP>& kept, const Pack<float, 2> (&half)[4], float ratio, int number, Sum sum) {
+  float least = fmaf(half[0].v[0], ratio, -sum(0));
+#pragma unroll
+  for (int i = 1; i < kVqUnit; ++i) least = fminf(least, fmaf(half[i / 2].v[i % 2], ratio, -sum(i)));
+  kept.insert(least, number);
+}
+
 // float16 tensor cores with float32 sums. Rows and codes of 64 values take 128 bytes, their 16-byte units swapped by the row's
 // number modulo 8, so that the 8 rows of an ldmatrix fill the 32 banks once.
 struct TensorProduct {
   static constexpr int depth = 64, slab_depth = 64;
-  static constexpr int stages = 2, owners = 8, keep = 2, rows = 4;
+  static constexpr int owners = 8, keep = 2, rows = 4;
   static constexpr int most_slabs = 4;
   static constexpr int blocks(int slabs) { return slabs ? 2 : 1; }
+  static constexpr int stages(int /* slabs */) { return 2; }
   static constexpr int slab_bytes = kVqSide * slab_depth * 2;
-  static constexpr int blob_bytes = kVqSide * depth * 2 + kVqSide * 4;
+  static constexpr int blob_bytes = kVqSide * depth * 2 + kVqSide * 4, blob_pitch = blob_bytes;
   float sums[2][8][4];  // [16 rows][8 codes]
 
   static __device__ __forceinline__ double accumulation(int64_t d) { return vq::tensor_core_error(d); }
   static __device__ __forceinline__ float rounded(float v) { return to_float(from_float<__half>(v)); }
-  static __device__ __forceinline__ int place(int row, int unit) { return row * 128 + (unit ^ row % 8) * 16; }
+  static constexpr __device__ __forceinline__ int place(int row, int unit) { return row * 128 + (unit ^ row % 8) * 16; }
   static __device__ __forceinline__ void put_row(unsigned char* slab, int row, int d, const float (&v)[kVqUnit]) {
     Pack<__half> pack;
 #pragma unroll
@@ -179,13 +193,7 @@ struct TensorProduct {
       for (int n = 0; n < 4; ++n) half[n] = *reinterpret_cast<const Pack<float, 2>*>(mine + (group * 4 + n) * 8);
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
-        const float ratio = ratios[row(r)];
-        float least = INFINITY;
-#pragma unroll
-        for (int i = 0; i < kVqUnit; ++i) {
-          least = fminf(least, fmaf(half[i / 2].v[i % 2], ratio, -sums[r / 2][group * 4 + i / 2][r % 2 * 2 + i % 2]));
-        }
-        kept[r].insert(least, tile * 2 + group);
+        offer_pairs(kept[r], half, ratios[row(r)], tile * 2 + group, [&](int i) { return sums[r / 2][group * 4 + i / 2][r % 2 * 2 + i % 2]; });
       }
     }
   }

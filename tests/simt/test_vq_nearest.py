@@ -17,6 +17,10 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels o
 SHAPES = ((512, 64), (1, 1), (33, 17), (1024, 32), (100, 3), (2, 130), (256, 256), (65, 1), (7, 300), (1000, 16))
 
 
+#: The products: float16 by mma.sync or by Hopper's wgmma (vectors of up to 256 values), or float32.
+KERNELS = ("mma", "wgmma", "fma")
+
+
 def fours(t: Tensor, channels: int) -> bool:
     """As `fours` of csrc/cuda/vq_tensors.cuh."""
     strides = [s for i, s in enumerate(t.stride()) if i != channels]
@@ -24,9 +28,7 @@ def fours(t: Tensor, channels: int) -> bool:
     return t.data_ptr() % unit == 0 and t.shape[channels] % 4 == 0 and t.stride(channels) == 1 and all(s % 4 == 0 for s in strides)
 
 
-def search(
-    x: Tensor, codebook: Tensor, cosine: bool = False, tensor_cores: bool = True, schedule: int = 0
-) -> tuple[Tensor, Tensor, list[int]]:
+def search(x: Tensor, codebook: Tensor, cosine: bool = False, kernel: str = "mma", schedule: int = 0) -> tuple[Tensor, Tensor, list[int]]:
     """Indices, distances and the two counters, of x (O, H, D, I) and codebook (H, K, D)."""
     shape = (x.shape[0], x.shape[1], x.shape[3])
     indices, distances = torch.full(shape, -1), torch.full(shape, -7.0)
@@ -44,7 +46,8 @@ def search(
         indices.data_ptr(),
         distances.data_ptr(),
         rescored.data_ptr(),
-        tensor_cores,
+        kernel != "fma",
+        kernel == "wgmma",
     )
     return indices, distances, rescored.tolist()
 
@@ -54,24 +57,24 @@ def rows(x: Tensor) -> Tensor:
     return x[:, None, :, None]
 
 
-@pytest.mark.parametrize("tensor_cores", [True, False], ids=["mma", "fma"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("problem", problems(1000, ALL_DTYPES, SHAPES), ids=str)
-def test_every_index_is_the_true_one(problem, tensor_cores):
-    assert not problem.first_wrong(lambda x, codes: search(rows(x), codes[None], problem.cosine, tensor_cores)[0].flatten())
+def test_every_index_is_the_true_one(problem, kernel):
+    assert not problem.first_wrong(lambda x, codes: search(rows(x), codes[None], problem.cosine, kernel)[0].flatten())
 
 
-@pytest.mark.parametrize("tensor_cores", [True, False], ids=["mma", "fma"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cosine", [False, True])
-def test_distances_are_the_references_bits(tensor_cores, cosine):
+def test_distances_are_the_references_bits(kernel, cosine):
     x, codes = Problem("gaussian", 130, 65, 40).tensors()
-    indices, distances, _ = search(rows(x), codes[None], cosine, tensor_cores)
+    indices, distances, _ = search(rows(x), codes[None], cosine, kernel)
     expected = reference.search(rows(x), codes[None], cosine)
     assert torch.equal(indices, expected[0])
     assert torch.equal(distances, expected[1].float())
 
 
-@pytest.mark.parametrize("tensor_cores", [True, False], ids=["mma", "fma"])
-def test_heads_and_layouts_are_read_in_place(tensor_cores):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_heads_and_layouts_are_read_in_place(kernel):
     """Channels-first and channels-last images, a channel slice, reversed heads, one row repeated (stride 0), at odd addresses."""
     generator = torch.Generator().manual_seed(0)
     book = torch.randn((3, 70, 20), generator=generator)
@@ -87,7 +90,7 @@ def test_heads_and_layouts_are_read_in_place(tensor_cores):
         "misaligned": memory.view(2, 3, 20, 45).copy_(base[:, :, :20]),
     }
     for name, x in layouts.items():
-        indices, distances, _ = search(x, book, tensor_cores=tensor_cores)
+        indices, distances, _ = search(x, book, kernel=kernel)
         expected = reference.search(x, book, False)
         assert torch.equal(indices, expected[0]), name
         assert torch.equal(distances, expected[1].float()), name
@@ -130,14 +133,14 @@ def test_the_address_sanitizer_finds_no_overrun():
 rng = numpy.random.default_rng(0)
 for kind, n, k, d in [("f4", 5, 3, 1), ("f2", 130, 129, 20), ("f4", 70, 40, 70), ("f4", 9, 7, 270)]:
     name = {"f4": "float32", "f2": "float16"}[kind]
-    for tensor_cores in (True, False):
+    for tensor_cores, hopper in ((True, False), (True, True), (False, False)):
         x, codes = rng.standard_normal((n, d)).astype(kind), rng.standard_normal((k, d)).astype(kind)
         x[0] = numpy.nan
         indices, distances, rescored = numpy.empty(n, "i8"), numpy.empty(n, "f4"), numpy.zeros(2, "i8")
         for vectors in {False, d % 4 == 0}:
             getattr(vq_nearest, name)(
                 0, x.ctypes.data, (n, 1, d, 1), (d, d, 1, 1), vectors, codes.ctypes.data, k, vectors, False,
-                indices.ctypes.data, distances.ctypes.data, rescored.ctypes.data, tensor_cores)
+                indices.ctypes.data, distances.ctypes.data, rescored.ctypes.data, tensor_cores, hopper)
 print("finished")
 """
     done = host.run_alone("vq_nearest", script, host.ADDRESS)

@@ -11,7 +11,7 @@ using namespace fastsr::cuda;
 template <class T>
 void search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, const std::array<int64_t, 4>& strides, bool x_vectors,
             uintptr_t codebook, int codes, bool code_vectors, bool cosine, uintptr_t indices, uintptr_t distances, uintptr_t rescored,
-            bool tensor_cores) {
+            bool tensor_cores, bool hopper) {
   const Allocate allocate;
   const NearestCall<T> call{
       {pointer<const T>(x), size[3], strides[0], strides[1], strides[2], strides[3], x_vectors},
@@ -19,7 +19,7 @@ void search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, cons
       size[0] * size[3],
       cosine,
       {pointer<int64_t>(indices), pointer<float>(distances), pointer<unsigned long long>(rescored), size[3], static_cast<int>(size[1])}};
-  find_nearest(call, simt::Launcher{seed}, allocate, tensor_cores);
+  find_nearest(call, simt::Launcher{seed, hopper}, allocate, tensor_cores);
 }
 
 }  // namespace

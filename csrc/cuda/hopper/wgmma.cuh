@@ -25,10 +25,16 @@ __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned
 // 9.7.15.7.2, wgmma.commit_group.
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// 9.7.15.7.3, wgmma.wait_group. The sums are named, so that the compiler reads none of them before.
+// 9.7.15.7.3, wgmma.wait_group: what the ended groups read may be overwritten.
+template <int PENDING>
+__device__ __forceinline__ void wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The same, and the sums may be read; named, so that the compiler reads none of them before.
 template <int PENDING, int COUNT>
 __device__ __forceinline__ void wait(float (&sums)[COUNT]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  wait<PENDING>();
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }

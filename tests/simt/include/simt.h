@@ -135,7 +135,7 @@ class Block {
     if (statics_.bytes) std::memset(statics_.begin, kPoison, statics_.bytes);
     if (shared_bytes_) std::memset(dynamic_.get(), kPoison, shared_bytes_);
     fair_ = random_() >> 8 & 1;  // the lowest bit of the first number is that of the seed
-    at_barrier_ = 0, finished_ = 0, parked_.clear(), later_.clear();
+    at_barrier_ = {}, finished_ = 0, parked_.clear(), later_.clear();
     for (auto& warp : warps_) warp.ready.clear(), warp.meetings.clear(), warp.priority = static_cast<unsigned>(random_());
     for (int i = 0; i < count(); ++i) {
       Thread& t = threads_[i];
@@ -219,15 +219,13 @@ class Block {
   // nobody else can go on.
   void later(std::function<void()> action) { later_.push_back(std::move(action)); }
 
-  void barrier() {
-    if (++at_barrier_ < count()) {
-      self().waits_at = "__syncthreads";
-      return self().fiber.suspend();
-    }
-    at_barrier_ = 0;
-    for (int i = 0; i < count(); ++i) {
-      if (i != current_) warps_[threads_[i].warp].ready.push_back(i);
-    }
+  void barrier() { barrier(0, count()); }
+  // Barrier `id` among `expected` threads.
+  void barrier(int id, int expected) {
+    int& arrived = at_barrier_[id];
+    if (++arrived < expected) return park(id == 0 ? "__syncthreads" : "bar.sync", &arrived);
+    arrived = 0;
+    wake(&arrived);
     give_way();
   }
 
@@ -348,7 +346,8 @@ class Block {
   Cluster* cluster_ = nullptr;
   int rank_ = 0, at_cluster_barrier_ = 0;
   bool fair_ = true;
-  int current_ = 0, at_barrier_ = 0, finished_ = 0;
+  int current_ = 0, finished_ = 0;
+  std::array<int, 2> at_barrier_{};
 };
 
 // Reports of the undefined-behaviour sanitizer since the launch began (0 without the sanitizer).

@@ -10,6 +10,11 @@ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(simt::running->dynamic(BYTES));
 }
 
+template <int THREADS>
+void sync_threads() {
+  simt::running->barrier(1, THREADS);
+}
+
 inline uint32_t shared_address(const void* pointer) {
   simt::running->check_shared("a shared address", pointer, 1, 1);
   return simt::running->shared_address(pointer);

@@ -20,8 +20,8 @@ inline void commit() {
   self.products.clear();
 }
 
-template <int PENDING, int COUNT>
-void wait(float (&)[COUNT]) {
+template <int PENDING>
+void wait() {
   auto& groups = simt::running->self().product_groups;
   __syncwarp();
   while (groups.size() > PENDING) {
@@ -29,6 +29,11 @@ void wait(float (&)[COUNT]) {
     groups.erase(groups.begin());
   }
   __syncwarp();
+}
+
+template <int PENDING, int COUNT>
+void wait(float (&)[COUNT]) {
+  wait<PENDING>();
 }
 
 // What hardware does with a descriptor: the 16-byte unit `unit` of row `row` of a K-major operand.
