@@ -52,6 +52,7 @@ def steps(device: str = "cuda") -> list[Any]:
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 420, "the native library for this GPU", build),
         script("limits", "copy, matrix product, L2 reads, graph nodes, clusters", 150, "limits.py"),
         script("wgmma", "shifted descriptors in a swizzled tile; rate with M = 64", 90, "wgmma.py"),
+        script("hopper", "kernels behind FASTSR_HOPPER=1: exact, and how fast", 120, "hopper.py"),
         script("graphs", "CUDA graph capture and replay, side streams, every op", 120, "graphs.py"),
         script("attention", "channel attention: two passes, one by clusters, eager", 120, "attention.py"),
         # Verbose: the last name in the output is the test that hung.

@@ -13,6 +13,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 
+// The same at a multiple of 1024, as tiles that TMA and wgmma swizzle need it.
+template <int BYTES>
+__device__ __forceinline__ unsigned char* dynamic_shared_1024() {
+  extern __shared__ __align__(1024) unsigned char memory_1024[];
+  asm volatile("// dynamic shared memory: %0 bytes" ::"n"(BYTES));
+  return memory_1024;
+}
+
 // A shared-memory pointer as PTX's 32-bit shared addresses.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

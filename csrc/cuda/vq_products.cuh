@@ -50,6 +50,7 @@ struct FmaProduct {
   static constexpr int depth = 16, slab_depth = 64;  // of a stage of codes; of a slab of rows
   static constexpr int owners = 16, keep = 1, rows = 8;
   static constexpr int most_slabs = 1;  // that stay in shared memory
+  static constexpr bool refines = false;  // multiplies the best group once more
   static constexpr int blocks(int slabs) { return slabs ? 2 : 1; }  // of a multiprocessor, for which registers are left
   static constexpr int stages(int /* slabs */) { return 2; }        // of codes in shared memory
   static constexpr int pitch = kVqSide + 4;
@@ -129,6 +130,7 @@ struct TensorProduct {
   static constexpr int depth = 64, slab_depth = 64;
   static constexpr int owners = 8, keep = 2, rows = 4;
   static constexpr int most_slabs = 4;
+  static constexpr bool refines = true;
   static constexpr int blocks(int slabs) { return slabs ? 2 : 1; }
   static constexpr int stages(int /* slabs */) { return 2; }
   static constexpr int slab_bytes = kVqSide * slab_depth * 2;

@@ -31,7 +31,7 @@ struct SearchMemory {
   static constexpr int slab_bytes = (SLABS ? SLABS : 1) * Product::slab_bytes;
   static constexpr int work_bytes = slab_bytes + Product::stages(SLABS) * Product::blob_pitch;
   static constexpr int bytes = work_bytes + kVqSide * static_cast<int>(sizeof(int) + sizeof(float) + sizeof(Scale) + (SLABS ? 0 : sizeof(RowBound)));
-  static_assert(kVqSide * Product::owners * static_cast<int>(sizeof(Kept<Product::keep>)) <= work_bytes);
+  static_assert(kVqSide * Product::owners * static_cast<int>(sizeof(Kept<Product::keep>)) <= work_bytes - (Product::refines ? slab_bytes : 0));
   static_assert(sizeof(RowBound) == sizeof(Scale));
 
   unsigned char* start;
@@ -42,9 +42,9 @@ struct SearchMemory {
   __device__ __forceinline__ Scale* scales() const { return reinterpret_cast<Scale*>(ratios() + kVqSide); }
   // Once the slabs are full, the bounds lie where the scales were.
   __device__ __forceinline__ RowBound* bounds() const { return reinterpret_cast<RowBound*>(scales() + (SLABS ? 0 : kVqSide)); }
-  // After the search, the kept groups lie where slabs and blobs were.
+  // After the search, the kept groups lie where blobs were, and slabs too where they are not read again.
   __device__ __forceinline__ Kept<Product::keep>* kept(int row) const {
-    return reinterpret_cast<Kept<Product::keep>*>(start) + row * Product::owners;
+    return reinterpret_cast<Kept<Product::keep>*>(start + (Product::refines ? slab_bytes : 0)) + row * Product::owners;
   }
 };
 
@@ -113,7 +113,37 @@ struct SearchRows {
     }
   }
 
-  // Step 4, eight lanes a row.
+  // The score of code_of(lane) of a group, by float32 multiply-adds of the rounded values: less wrong than that of tensor cores, so that
+  // the same bound holds. Lane u multiplies unit u of every code, 128 bytes of a code at once, and then lanes exchange their sums.
+  template <class Code>
+  __device__ __forceinline__ float refined(int local, int lane, Code code_of) const {
+    const int stages = (call.codebook.depth + Product::depth - 1) / Product::depth, tiles = (call.codebook.codes + kVqSide - 1) / kVqSide;
+    const unsigned char* blob = call.packed + (static_cast<int64_t>(head) * tiles + code_of(0) / kVqSide) * stages * Product::blob_bytes;
+    const float half = reinterpret_cast<const float*>(blob + Product::blob_bytes)[code_of(lane) % kVqSide - kVqSide];
+    float sums[kVqUnit] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage, blob += Product::blob_bytes) {
+      const auto v = *reinterpret_cast<const Pack<__half>*>(memory.slab(stage) + Product::place(local, lane));
+#pragma unroll
+      for (int i = 0; i < kVqUnit; ++i) {
+        const auto w = *reinterpret_cast<const Pack<__half>*>(blob + Product::place(code_of(i) % kVqSide, lane));
+#pragma unroll
+        for (int d = 0; d < kVqUnit; ++d) sums[i] = fmaf(to_float(v.v[d]), to_float(w.v[d]), sums[i]);
+      }
+    }
+#pragma unroll
+    for (int step = kVqUnit / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = 0; i < step; ++i) {
+        const bool upper = lane & step;
+        const float given = upper ? sums[i] : sums[i + step];
+        sums[i] = (upper ? sums[i + step] : sums[i]) + __shfl_xor_sync(0xffffffffu, given, step);
+      }
+    }
+    return fmaf(half, memory.ratios()[local], -sums[0]);
+  }
+
+  // Step 4, eight lanes a row: the codes of its groups within 2 B, after a second look where that is one group, are compared in float64.
   __device__ __forceinline__ void decide() const {
     constexpr int kGroups = Product::owners * Product::keep;
     const vq::Operand codes = call.statistics[head].operand();
@@ -133,21 +163,42 @@ struct SearchRows {
         least = fminf(least, __shfl_xor_sync(0xffffffffu, least, step)), lost = fminf(lost, __shfl_xor_sync(0xffffffffu, lost, step));
       }
       const double ratio = memory.ratios()[local], square = static_cast<double>(bound.norm) * bound.norm;
-      const double twice = vq::twice_bound(depth, bound.products, square / (2 * ratio), codes.norm * codes.norm * ratio / 2, least);
-      const double limit = least + twice;
+      const auto limit_of = [&](float score) {
+        return score + vq::twice_bound(depth, bound.products, square / (2 * ratio), codes.norm * codes.norm * ratio / 2, score);
+      };
+      const double limit = limit_of(least);
       const bool certain = limit < INFINITY && !(lost <= limit);
       unsigned candidates = 0;
       if (row >= 0 && certain) {
         for (int i = 0; i < kGroups; ++i) candidates |= unsigned{kept[i / Product::keep].value[i % Product::keep] <= limit} << i;
       }
+      const auto code_of = [&](unsigned groups, int i) {  // of the first of several groups
+        const int first = max(__ffs(static_cast<int>(groups)) - 1, 0), owner = first / Product::keep;
+        return Product::code(owner, kept[owner].group[first % Product::keep], i);
+      };
+      Nearest best = Nearest::none();
+      bool compares = true;  // this lane's codes
+      if constexpr (Product::refines && SLABS > 0) {
+        const bool alone = __popc(candidates) == 1;
+        if (__any_sync(0xffffffffu, alone)) {
+          const float score = refined(local, lane, [&](int i) { return code_of(candidates, i); });
+          float smallest = score;
+          for (int step = kVqUnit / 2; step > 0; step /= 2) smallest = fminf(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
+          compares = !alone || score <= limit_of(smallest);
+          const unsigned left = __ballot_sync(0xffffffffu, compares) >> threadIdx.x % 32 / kVqUnit * kVqUnit & 0xff;
+          several += lane == 0 && alone && __popc(left) > 1;
+          if (alone && __popc(left) == 1 && !call.answer.distances) {
+            best.code = code_of(candidates, __ffs(static_cast<int>(left)) - 1);
+            candidates = 0;
+          }
+        }
+      }
       several += lane == 0 && __popc(candidates) > 1;
       const ExactVector<T> x{values(max(row, 0)), call.x.depth_stride, call.x.vectors};
       const double norm = candidates ? exact_norm(x, depth, call.cosine) : 1.0;
-      Nearest best = Nearest::none();
       for (; __any_sync(0xffffffffu, candidates != 0); candidates &= candidates - 1) {
-        if (candidates == 0) continue;
-        const int i = __ffs(static_cast<int>(candidates)) - 1, owner = i / Product::keep;
-        const int code = Product::code(owner, kept[owner].group[i % Product::keep], lane);
+        if (candidates == 0 || !compares) continue;
+        const int code = code_of(candidates, lane);
         if (code >= call.codebook.codes) continue;
         const ExactVector<T> e{call.codebook.at(head, code), 1, call.codebook.vectors};
         const Nearest other{exact_distance(x, norm, e, depth, call.cosine), code};

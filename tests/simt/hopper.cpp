@@ -12,10 +12,9 @@ using namespace fastsr::cuda::hopper;
 // d (64 x N) = a (64 x K) b (N x K)^T from row `shift` of b's tile on, one warpgroup; K fills a span. Without a swizzle a box is one unit wide.
 template <class T, int N, Swizzle SWIZZLE>
 __global__ void multiply_tiles(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, float* d, int depth, int first, bool waits) {
-  constexpr int kRowsB = N + 16, kMost = 128, kBytes = (64 + kRowsB) * kMost + 1024;
-  unsigned char* memory = dynamic_shared<kBytes + 16>();
-  Barrier& full = *reinterpret_cast<Barrier*>(memory + kBytes);
-  unsigned char* start = memory + (0u - shared_address(memory) & 1023);
+  constexpr int kRowsB = N + 16, kMost = 128, kBytes = (64 + kRowsB) * kMost;
+  unsigned char* start = dynamic_shared_1024<kBytes + 16>();
+  Barrier& full = *reinterpret_cast<Barrier*>(start + kBytes);
   const int row_bytes = depth * static_cast<int>(sizeof(T)), unit = 16 / static_cast<int>(sizeof(T));
   unsigned char* right = start + 64 * row_bytes;
   if (threadIdx.x == 0) {
@@ -62,7 +61,7 @@ void product(uint64_t seed, uintptr_t a, uintptr_t b, int rows, int depth, int f
   const auto map = [&](uintptr_t data, int64_t count, int box_rows) {
     return CUtensorMap{pointer<const unsigned char>(data), 2, sizeof(T), {depth, count}, {1, depth}, {SWIZZLE == Swizzle::none ? unit : depth, box_rows}, SWIZZLE};
   };
-  simt::Launcher{seed, true}(multiply_tiles<T, N, SWIZZLE>, 1, 128, (64 + N + 16) * 128 + 1024 + 16, map(a, 64, 64), map(b, rows, N + 16),
+  simt::Launcher{seed, true}(multiply_tiles<T, N, SWIZZLE>, 1, 128, (64 + N + 16) * 128 + 16, map(a, 64, 64), map(b, rows, N + 16),
                              pointer<float>(d), depth, first, waits);
 }
 

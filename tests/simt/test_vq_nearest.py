@@ -9,7 +9,7 @@ from torch import Tensor
 from fastsr.kernels.vq_nearest import reference
 from tests.harness import ALL_DTYPES, DEVICE
 from tests.simt import host
-from tests.vq_cases import DISTRIBUTIONS, Problem, problems
+from tests.vq_cases import DISTRIBUTIONS, Problem, problems, true_indices
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels on CPU tensors")
 
@@ -94,6 +94,15 @@ def test_heads_and_layouts_are_read_in_place(kernel):
         expected = reference.search(x, book, False)
         assert torch.equal(indices, expected[0]), name
         assert torch.equal(distances, expected[1].float()), name
+
+
+def test_hoppers_ring_turns_several_times():
+    """Five stages for one slab of values, eight for more: 24 and 9 are read here, by warpgroups that run apart."""
+    for schedule, (n, k, d) in enumerate([(130, 700, 200), (200, 1100, 64), (70, 1100, 30)]):
+        problem = Problem("gaussian", n, k, d)
+        x, codes = problem.tensors()
+        for seed in (schedule, schedule + 10):
+            assert torch.equal(search(rows(x), codes[None], kernel="wgmma", schedule=seed)[0].flatten(), true_indices(x, codes))
 
 
 def test_long_lists_are_searched_again_in_float32():

@@ -51,12 +51,12 @@ struct WgmmaProduct : TensorProduct {
   }
 };
 
-// Shared memory: from a multiple of 1024 on, as in vq_rows.cuh, then the ring's barriers.
+// Shared memory as in vq_rows.cuh, then the ring's barriers.
 template <int SLABS>
 struct SearchRing {
   using Memory = SearchMemory<WgmmaProduct, SLABS>;
   static constexpr int stages = WgmmaProduct::stages(SLABS);
-  static constexpr int bytes = 1024 + Memory::bytes + 2 * stages * static_cast<int>(sizeof(Barrier));
+  static constexpr int bytes = Memory::bytes + 2 * stages * static_cast<int>(sizeof(Barrier));
   static_assert(Memory::bytes % alignof(Barrier) == 0);
 
   Memory memory;
@@ -65,8 +65,7 @@ struct SearchRing {
   static __device__ __forceinline__ uint32_t parity(int i) { return i / stages % 2; }
 
   static __device__ __forceinline__ SearchRing make() {
-    unsigned char* memory = dynamic_shared<bytes>();
-    const SearchRing ring{{memory + (0u - shared_address(memory) & 1023)}};
+    const SearchRing ring{{dynamic_shared_1024<bytes>()}};
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int i = 0; i < stages; ++i) ring.full(i).init(1), ring.empty(i).init(kVqThreads / 32);

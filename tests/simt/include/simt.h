@@ -122,7 +122,7 @@ class Block {
       : grid{blocks}, size{static_cast<unsigned>(threads)}, shared_bytes_(shared_bytes), random_(seed), body_(std::move(body)),
         threads_(threads), warps_((threads + kWarp - 1) / kWarp), statics_(static_shared()) {
     void* memory = nullptr;
-    if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) fail("out of memory");
+    if (shared_bytes > 0 && posix_memalign(&memory, 1024, shared_bytes) != 0) fail("out of memory");
     dynamic_.reset(static_cast<char*>(memory));
     for (int i = 0; i < threads; ++i) {
       threads_[i].index = {static_cast<unsigned>(i), 0, 0};

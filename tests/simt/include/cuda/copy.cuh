@@ -10,6 +10,11 @@ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(simt::running->dynamic(BYTES));
 }
 
+template <int BYTES>
+unsigned char* dynamic_shared_1024() {
+  return dynamic_shared<BYTES>();
+}
+
 template <int THREADS>
 void sync_threads() {
   simt::running->barrier(1, THREADS);
