@@ -3,6 +3,7 @@
 //     code_range    largest magnitude of each codebook
 //     pack_codes    codes scaled by a power of two (cosine: divided by their norms), rounded to float16, in blobs
 //     search_rows   all rows on tensor cores; answers what the certificate of common/vq_bound.h decides        -> list A
+//                   (by mma.sync, or with FASTSR_HOPPER=1 on a Hopper GPU by wgmma: hopper/vq_search.cuh)
 //     pack_codes    } in float32, where A has more than kFewRows rows, else nothing:
 //     search_rows   } the rows of A by fused multiply-adds                                                     -> list B
 //     scan_rows     the rows of A (few) or B with every code in float64
@@ -15,7 +16,8 @@
 //            bytes of float16 for 256 K D operations; indices 8 bytes a row, lists 8 bytes a row, packed codebooks 6 K D bytes.
 //            No N x K matrix
 // Limit      D = 64: 2 D operations a score are 0.025 clocks a multiprocessor of mma.sync, 3.1 a lane of the epilogue about the same;
-//            the slab, the rescoring (24 D float64 operations a row) and half a dozen launches add to it.
+//            the slab, the second look at the best group (16 D bytes from L1 or L2, 8 D multiply-adds a row) and half a dozen
+//            launches add to it.
 //            D = 256: mma.sync's rate, about 60% of wgmma's, and 4 MiB of codes from L2 for each of 128 blocks
 //
 // predicted / measured, H100, float32 rows, exact indices:

@@ -6,9 +6,11 @@
 //                 +--------+--------+--------+----            1. read the rows: largest magnitude, norms, rounding error
 //            128  | scores | scores |        | ...            2. put them into the slab, scaled and rounded
 //           rows  |        |        |        |                3. for each tile: products, s' = |e|^2/2 - x.e, best groups of 8
-//     (the slabs) +--------+--------+--------+----            4. of each row: s'_1 and B; groups within 2 B are compared in float64
-//                  kept: the best groups of each owner           by 8 lanes, one code each; a row of which a group within 2 B was
-//                                                                not kept, or that is not finite, goes to the list
+//     (the slabs) +--------+--------+--------+----            4. of each row: s'_1 and B; groups within 2 B are compared in float64 by 8
+//                  kept: the best groups of each owner           lanes, one code each, if there are several; a single one is first
+//                                                                multiplied again in float32, which names its code nearly always; a row
+//                                                                of which a group within 2 B was not kept, or that is not finite, goes
+//                                                                to the list
 //
 // Lives in   registers: 64 sums and the kept groups    shared: SLABS x 64 values of 128 rows, two blobs (vq_data.cuh), scales
 //            L2: the packed codebook, read once by each block

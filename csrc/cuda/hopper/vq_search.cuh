@@ -1,4 +1,36 @@
 // The certified nearest-code search on Hopper: as vq_search.cuh, with the products by wgmma and the codes by bulk copies.
+//
+//   grid.x = heads * tiles of 128 rows; 9 warps
+//
+//     warp 8       one thread          packed codebook ==copy_bulk==> ring of 5 or 8 blobs: 128 codes x 64 values, |e|^2 / 2
+//     warps 0..3   rows  0 ..  63      measure and round their rows (the slabs); then for each blob, as it arrives: four products
+//     warps 4..7   rows 64 .. 127      m64n128k16, at the tile's last blob the best groups; after the last tile: decide
+//
+// The warpgroups meet before and after the search only. Within it one's products run while the other folds its scores, and with them
+// (up to 64 values a row) those of a second block of the multiprocessor, whose measuring and deciding hides in the same way.
+//
+// Lives in   registers: 64 sums, two best groups of two rows    shared: 128 rows of up to 256 values, 16 or 64 KiB; 17 KiB a stage
+//            L2: the packed codebook, read once by each block; two blocks could share it (copy_bulk_to_all), which is not done yet
+//
+// Roofline, 132 multiprocessors at 1.755 GHz, 4096 float16 operations a clock each; L2 taken to give 5.5 TB/s, 24 bytes a clock each:
+//
+//     of 64 rows x 128 codes            clocks    (65536, 1024, 64): 62 each     (16384, 8192, 256): 128 each
+//     products, 64 values                  256             9 us                        75 us
+//     335 instructions a warp, issue       335            12 us                        24 us, under the products
+//       160 of them minima, selects        320            11 us
+//     half a blob from L2, 64 values       350            12 us                       100 us
+//
+//     The other launches (range, packing twice, a float32 search and a scan that find nothing to do) are taken as 2 us each.
+//     (65536, 1024, 64)    12 us, its ends (rows from DRAM 6 us, codes of the best groups from L1 3 us) half hidden    predicted 28 us
+//     (16384, 8192, 256)   100 us, and the ends of the only wave of blocks, 12 us                                        predicted 122 us
+//     measured: not measured yet; targets 40 us and 150 us
+//
+// In the machine code (sm_90a, nvcc 13.0, float32): the loop over stages and tiles has 335 instructions, of which 4 HGMMA.64x128x16.F32 in
+// one group behind one WARPGROUP.ARRIVE, 96 FMNMX, 64 FFMA, 24 SEL, 16 FSETP, 16 LDS, 3 SYNCS; the producer's 1 UBLKCP and 2 SYNCS. No
+// HGMMA waits for another, nothing is spilled (96 registers for two blocks; 114 with four slabs).
+//
+// Tried, by the compiler's word: leaving out products behind the last value made ptxas inject a WARPGROUP.ARRIVE at each branch; an
+// aligned pointer in a register, in place of aligned memory, spilled.
 #pragma once
 
 #include "cuda/hopper/enabled.cuh"
