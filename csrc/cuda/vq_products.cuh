@@ -85,7 +85,7 @@ struct FmaProduct {
   __device__ __forceinline__ void multiply(const unsigned char* slab, int begin, const unsigned char* blob, int count) {
     const float* x = reinterpret_cast<const float*>(slab) + begin * pitch + threadIdx.x / 16 * 4;
     const float* e = reinterpret_cast<const float*>(blob) + threadIdx.x % 16 * 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 0; d < min(depth, count); ++d) {
       const Pack<float> low = *reinterpret_cast<const Pack<float>*>(x + d * pitch), high = *reinterpret_cast<const Pack<float>*>(x + d * pitch + 64);
       const Pack<float> left = *reinterpret_cast<const Pack<float>*>(e + d * kVqSide);
