@@ -29,7 +29,8 @@ __global__ void loads(uint32_t* out) {
 }
 // The convolution with tf32 products.
 using Tile = ConvTile<16, 32, 128, 4, 2>;
-template __global__ void conv3x3_kernel<float, Tile>(ConvInput<float>, ConvWeights<float>, ConvBias<float>, Conv3x3Epilogue<float>);
+template __global__ void conv3x3_kernel<float, Tile, NoSink>(
+    ConvInput<float>, ConvWeights<float>, ConvBias<float>, Conv3x3Epilogue<float, NoSink>);
 }  // namespace fastsr::cuda
 """
 
