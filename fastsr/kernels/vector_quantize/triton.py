@@ -178,11 +178,12 @@ def join_kernel(sums_ptr, parts_ptr, first_ptr, factor_ptr, D: tl.constexpr, BLO
     code = (tl.program_id(0) // SLABS).to(tl.int64)
     channel = (tl.program_id(0) % SLABS * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
     begin = tl.load(first_ptr + code)
-    end = tl.load(first_ptr + code + 1)
+    pieces = (tl.load(first_ptr + code + 1) - begin).to(tl.int32)  # 64-bit loop counters would spill on sm_100
+    parts = parts_ptr + begin * D + channel
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-    for at in range(begin, end, BLOCK_R):
+    for at in range(0, pieces, BLOCK_R):
         piece = (at + tl.arange(0, BLOCK_R))[:, None]
-        total += tl.load(parts_ptr + piece * D + channel, mask=(piece < end) & (channel < D), other=0.0)
+        total += tl.load(parts + piece.to(tl.int64) * D, mask=(piece < pieces) & (channel < D), other=0.0)
     result = tl.sum(total, 0)[None, :]
     if factor_ptr is not None:
         result *= tl.load(factor_ptr)
