@@ -47,4 +47,20 @@ inline void check_statistic(const Tensor& t, int64_t elements, ScalarType type, 
                   " elements; expected ", elements, " of ", torch::headeronly::toString(type), ", contiguous");
 }
 
+// The outputs of fastsr::vector_quantize; the shape of its inputs.
+inline VqShape vector_quantize_shape(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, const Tensor& quantized,
+                                     const Tensor& indices, const Tensor& loss, const Tensor& counts, const Tensor& sums,
+                                     const std::optional<Tensor>& distances) {
+  const char* op = "vector_quantize";
+  const VqShape s = vq_shape(x, codebook, op);
+  check_like(quantized, x, op, "quantized");
+  check_per_row(indices, s, ScalarType::Long, op, "indices");
+  check_per_row(distances, s, ScalarType::Float, op, "distances");
+  check_per_row(mask, s, ScalarType::Bool, op, "mask");
+  check_statistic(loss, 1, ScalarType::Float, op, "loss");
+  check_statistic(counts, s.heads * s.codes, ScalarType::Long, op, "counts");
+  check_statistic(sums, s.heads * s.codes * s.channels, ScalarType::Float, op, "sums");
+  return s;
+}
+
 }  // namespace fastsr

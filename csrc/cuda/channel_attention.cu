@@ -6,8 +6,7 @@
 #include <limits>
 #include <optional>
 
-#include "common/channel_attention_args.h"
-#include "cuda/launch.cuh"
+#include "cuda/gate_tensors.cuh"
 
 namespace fastsr::cuda {
 namespace {
@@ -15,24 +14,6 @@ namespace {
 using Given = std::optional<Tensor>;
 
 const char* const kOp = "channel_attention";
-
-// run(T()) with the element type of `x`.
-template <class Run>
-void with_type(const Tensor& x, Run run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(__nv_bfloat16());
-    case ScalarType::Half: return run(__half());
-    default:
-      STD_TORCH_CHECK(false, kOp, ": ", torch::headeronly::toString(x.scalar_type()),
-                      " has no CUDA kernel; expected float32, bfloat16 or float16");
-  }
-}
-
-template <class T>
-T* pointer(const Given& t) {
-  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
-}
 
 template <class T>
 Picture<T> picture(const Given& t) {
@@ -51,14 +32,6 @@ AttentionShape shape_of(const Tensor& x, const PictureLayout& layout, double sca
                          static_cast<float>(scale), pictures...);
 }
 
-template <class T>
-GateCall<T> gate_call(const Tensor& x, const Given& down_weight, const Given& down_bias, const Tensor& up_weight, const Given& up_bias,
-                      int64_t gate, int64_t activation) {
-  const int64_t squeezed = squeezed_channels(kOp, x.scalar_type(), x.size(1), down_weight, down_bias, up_weight, up_bias, gate, activation);
-  return {static_cast<int>(x.size(1)), static_cast<int>(squeezed), static_cast<Gate>(gate), static_cast<Activation>(activation),
-          pointer<T>(down_weight), down_weight ? pointer<T>(down_bias) : nullptr, pointer<T>(up_weight), pointer<T>(up_bias)};
-}
-
 void channel_attention(Tensor x, Given down_weight, Given down_bias, Tensor up_weight, Given up_bias, Given residual, Tensor out,
                        Given pooled, Given gates, double res_scale, int64_t gate, int64_t activation) {
   const PictureLayout layout = residual ? picture_layout(x, *residual, out) : picture_layout(x, out);
@@ -67,11 +40,11 @@ void channel_attention(Tensor x, Given down_weight, Given down_bias, Tensor up_w
   if (x.numel() == 0) return;
   const Launcher launch(x);
   const Scratch allocate(x);
-  with_type(x, [&]<class T>(T) {
+  with_element_type(x, kOp, [&]<class T>(T) {
     const auto a = picture<const T>(x), b = picture<const T>(residual);
     const auto y = picture<T>(out);
     Attention(launch, allocate, shape_of<T>(x, layout, res_scale, a, b, y),
-              gate_call<T>(x, down_weight, down_bias, up_weight, up_bias, gate, activation))
+              gate_call<T>(kOp, x.scalar_type(), x.size(1), down_weight, down_bias, up_weight, up_bias, gate, activation))
         .forward(a, b, y, pointer<float>(pooled), pointer<float>(gates));
   });
 }
@@ -84,11 +57,11 @@ void channel_attention_backward(Tensor grad, Tensor x, Tensor pooled, Tensor gat
   check_attention_vector(gates, x, "gates");
   const Launcher launch(x);
   const Scratch allocate(x);
-  with_type(x, [&]<class T>(T) {
+  with_element_type(x, kOp, [&]<class T>(T) {
     const auto g = picture<const T>(grad), a = picture<const T>(x);
     const auto d = picture<T>(dx);
     Attention(launch, allocate, shape_of<T>(x, layout, res_scale, a, g, d),
-              gate_call<T>(x, down_weight, down_bias, up_weight, std::nullopt, gate, activation))
+              gate_call<T>(kOp, x.scalar_type(), x.size(1), down_weight, down_bias, up_weight, std::nullopt, gate, activation))
         .backward(g, a, pointer<float>(pooled), pointer<float>(gates), d,
                   {pointer<T>(ddown_weight), pointer<T>(ddown_bias), pointer<T>(dup_weight), pointer<T>(dup_bias)});
   });

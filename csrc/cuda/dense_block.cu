@@ -8,17 +8,10 @@
 #include <vector>
 
 #include "common/dense_block_args.h"
+#include "cuda/conv3x3_instances.cuh"
 #include "cuda/image_tensors.cuh"
 
 namespace fastsr::cuda {
-
-// Compiled in conv3x3.cu.
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<float>>&, float*);
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
-extern template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
-extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
-extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
 
 namespace {
 

@@ -7,19 +7,12 @@
 #include <optional>
 #include <vector>
 
-#include "common/channel_attention_args.h"
 #include "common/rcab_args.h"
+#include "cuda/conv3x3_instances.cuh"
+#include "cuda/gate_tensors.cuh"
 #include "cuda/image_tensors.cuh"
 
 namespace fastsr::cuda {
-
-// Compiled in conv3x3.cu.
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<float>>&, float*);
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
-extern template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
-extern template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
-extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
-extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
 
 namespace {
 
@@ -39,10 +32,8 @@ template <class T>
 RcabCall<T> call_of(const RcabShape& s, const Tensor& weight1, const Given& bias1, const Tensor& weight2, const Given& bias2,
                     const Tensor& down_weight, const Given& down_bias, const Tensor& up_weight, const Given& up_bias, double res_scale) {
   checked_int(s.features * 9, kOp, "nine times the number of channels"), checked_int(s.hidden * 9, kOp, "nine times the hidden channels");
-  const int64_t squeezed = squeezed_channels(kOp, weight1.scalar_type(), s.features, down_weight, down_bias, up_weight, up_bias,
-                                             static_cast<int64_t>(Gate::sigmoid), static_cast<int64_t>(Activation::relu));
-  const GateCall<T> gate{static_cast<int>(s.features), static_cast<int>(squeezed),       Gate::sigmoid,         Activation::relu,
-                         pointer<T>(down_weight),      pointer<T>(down_bias), pointer<T>(up_weight), pointer<T>(up_bias)};
+  const GateCall<T> gate = gate_call<T>(kOp, weight1.scalar_type(), s.features, down_weight, down_bias, up_weight, up_bias,
+                                        static_cast<int64_t>(Gate::sigmoid), static_cast<int64_t>(Activation::relu));
   return {s.batch, checked_int(s.height, kOp, "the height"), checked_int(s.width, kOp, "the width"), conv_of<T>(weight1, bias1),
           conv_of<T>(weight2, bias2), gate, static_cast<float>(res_scale)};
 }

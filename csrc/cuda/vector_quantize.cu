@@ -28,14 +28,7 @@ NumberedRows numbered(const std::optional<Tensor>& indices, const std::optional<
 void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, Tensor quantized, Tensor indices, Tensor loss,
                      Tensor counts, Tensor sums, std::optional<Tensor> distances) {
   const char* op = "vector_quantize";
-  const VqShape s = vq_shape(x, codebook, op);
-  check_like(quantized, x, op, "quantized");
-  check_per_row(indices, s, ScalarType::Long, op, "indices");
-  check_per_row(distances, s, ScalarType::Float, op, "distances");
-  check_per_row(mask, s, ScalarType::Bool, op, "mask");
-  check_statistic(loss, 1, ScalarType::Float, op, "loss");
-  check_statistic(counts, s.heads * s.codes, ScalarType::Long, op, "counts");
-  check_statistic(sums, s.heads * s.codes * s.channels, ScalarType::Float, op, "sums");
+  const VqShape s = vector_quantize_shape(x, codebook, mask, quantized, indices, loss, counts, sums, distances);
   const NumberedRows rows = numbered(indices, mask, s, op);
   const Launcher launch(x);
   const Scratch allocate(x);

@@ -89,7 +89,7 @@ def scaled(parameter: OptionalTensor, scale: float, dtype: torch.dtype) -> Optio
     return parameter if parameter is None or scale == 1.0 or dtype != torch.float16 else parameter * scale
 
 
-def empty_buffer(like: Tensor, channels: int) -> Tensor:
-    """A channels-last buffer of like's batch and picture size, in the dtype that its convolutions compute in."""
-    n, _, h, w = like.shape
-    return torch.empty((n, channels, h, w), dtype=compute_dtype(like), device=like.device, memory_format=torch.channels_last)
+def empty_buffer(like: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """A channels-last buffer of like's batch and picture size (or another `size`), in the dtype that its convolutions compute in."""
+    shape = (like.shape[0], channels, *(size or like.shape[2:]))
+    return torch.empty(shape, dtype=compute_dtype(like), device=like.device, memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsr import backends
 from fastsr.backends import Backend
-from fastsr.nn.module import compute_dtype
+from fastsr.nn.module import compute_dtype, empty_buffer
 
 #: Bytes of a strip's largest tensor: of a CPU's last-level cache; on a GPU enough to keep it busy.
 STRIP_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
@@ -49,12 +49,11 @@ def run_parts(z: Tensor, parts: Sequence[Part], backend: Backend) -> Tensor:
         for part in parts:
             z = part.run(z)
         return z
-    n, _, height, width = z.shape
-    heights, widths = [height], [width]
+    heights, widths = [z.shape[2]], [z.shape[3]]
     for part in parts:
         heights.append(heights[-1] * part.factor)
         widths.append(widths[-1] * part.factor)
-    result = _empty(z, n, parts[-1].channels, heights[-1], widths[-1])
+    result = empty_buffer(z, parts[-1].channels, (heights[-1], widths[-1]))
     buffers: dict[int, Tensor] = {}
     for low in range(0, heights[-1], rows):
         windows = _windows(low, min(low + rows, heights[-1]), parts, heights)
@@ -63,7 +62,7 @@ def run_parts(z: Tensor, parts: Sequence[Part], backend: Backend) -> Tensor:
         for k, part in enumerate(parts):
             count = x.shape[2] * part.factor
             if k not in buffers or buffers[k].shape[2] < count:
-                buffers[k] = _empty(z, n, part.channels, count, widths[k + 1])
+                buffers[k] = empty_buffer(z, part.channels, (count, widths[k + 1]))
             y = part.run(x, out=buffers[k][:, :, :count])
             first, (begin, end) = first * part.factor, windows[k + 1]
             x, first = y[:, :, begin - first : end - first], begin
@@ -96,6 +95,3 @@ def _windows(low: int, high: int, parts: Sequence[Part], heights: Sequence[int])
         windows.append((low, high))
     return windows[::-1]
 
-
-def _empty(z: Tensor, n: int, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((n, channels, height, width), dtype=compute_dtype(z), device=z.device, memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastsr
 from fastsr import ops
 from fastsr.kernels.vector_quantize import reference
-from tests.harness import ALL_DTYPES, DEVICE, Runner, adversarial_cases, assert_close_as_eager, available_backends, random_tensor
+from tests.harness import ALL_DTYPES, DEVICE, Case, Runner, adversarial_cases, assert_close_as_eager, available_backends, random_tensor
 
 RUNNERS = available_backends("vector_quantize")
 RUNNERS = [r for r in RUNNERS if r.isa in (None, *{"avx512", "avx2", "portable"})]  # the others run the same kernels
@@ -55,14 +55,17 @@ def assert_as_good_as_eager(runner: Runner, x: Tensor, codebook: Tensor, grad: T
             assert_close_as_eager(name, o, p, t, planes=t.dim() == 4 and t.shape == x.shape)
 
 
-@pytest.mark.parametrize("runner", RUNNERS, ids=str)
-@pytest.mark.parametrize(("case", "options"), CASES, ids=[f"{c}-{'-'.join(map(str, o))}" for c, o in CASES])
-def test_outputs_and_gradients_are_as_good_as_eager(case, options, runner):
+def assert_case(runner: Runner, case: Case, options: tuple[str, str, bool]) -> None:
     metric, gradient, masked = options
     x, codebook = case.input(), random_tensor((CODES, case.size[1]), case.dtype, 77)
     mask = random_tensor((case.size[2], case.size[3]), torch.float32, 5) > -0.5 if masked else None
-    grad = case.gradient_like(x)
-    assert_as_good_as_eager(runner, x, codebook, grad, metric=metric, gradient=gradient, mask=mask, channel_dim=1)
+    assert_as_good_as_eager(runner, x, codebook, case.gradient_like(x), metric=metric, gradient=gradient, mask=mask, channel_dim=1)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize(("case", "options"), CASES, ids=[f"{c}-{'-'.join(map(str, o))}" for c, o in CASES])
+def test_outputs_and_gradients_are_as_good_as_eager(case, options, runner):
+    assert_case(runner, case, options)
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)

@@ -11,7 +11,7 @@ import torch
 from fastsr.kernels.vector_quantize import triton as kernels
 from fastsr.kernels.vector_quantize.op import vector_quantize
 from tests.harness import ALL_DTYPES, Case, Runner, adversarial_cases, random_tensor
-from tests.ops.test_vector_quantize import CODES, OPTIONS, assert_as_good_as_eager, results
+from tests.ops.test_vector_quantize import CODES, OPTIONS, assert_as_good_as_eager, assert_case, results
 
 TRITON = Runner("triton")
 
@@ -24,10 +24,7 @@ TURNS = list(zip(CASES, itertools.cycle(OPTIONS), strict=False))
 
 @pytest.mark.parametrize(("case", "options"), TURNS, ids=[f"{c}-{'-'.join(map(str, o))}" for c, o in TURNS])
 def test_outputs_and_gradients_are_as_good_as_eager(case, options):
-    metric, gradient, masked = options
-    x, codebook = case.input(), random_tensor((CODES, case.size[1]), case.dtype, 77)
-    mask = random_tensor((case.size[2], case.size[3]), torch.float32, 5) > -0.5 if masked else None
-    assert_as_good_as_eager(TRITON, x, codebook, case.gradient_like(x), metric=metric, gradient=gradient, mask=mask, channel_dim=1)
+    assert_case(TRITON, case, options)
 
 
 def test_heads_have_codebooks_of_their_own():
