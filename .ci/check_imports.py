@@ -22,9 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "models": NETWORKS,
     "weights": {*NETWORKS, "models", "atomic"},
     "memory": NETWORKS,
+    "graphs": {"backends"},
     "fusion": {*NETWORKS, "kernels", "memory"},
     "upscaling": {*NETWORKS, "models", "weights", "atomic"},
-    "bench": {*NETWORKS, "atomic", "kernels", "models", "weights", "memory", "fusion", "upscaling"},
+    "bench": {*NETWORKS, "atomic", "kernels", "models", "weights", "memory", "fusion", "graphs", "upscaling"},
     "cli": {*NETWORKS, "models", "weights", "memory", "fusion", "upscaling", "bench"},
 }
 

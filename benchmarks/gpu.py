@@ -54,6 +54,8 @@ def steps(device: str = "cuda") -> list[Any]:
         script("wgmma", "shifted descriptors in a swizzled tile; rate with M = 64", 90, "wgmma.py"),
         script("hopper", "kernels behind FASTSR_HOPPER=1: exact, and how fast", 120, "hopper.py"),
         script("graphs", "CUDA graph capture and replay, side streams, every op", 120, "graphs.py"),
+        script("graphed", "fastsr.cuda_graph on whole networks: exact, and how fast", 120, "graphed.py"),
+        Step("tests of graphs", (*pytest, "tests/graphs"), 120, "fastsr.cuda_graph with real graphs", cuda_tests),
         script("attention", "channel attention: two passes, one by clusters, eager", 120, "attention.py"),
         # Verbose: the last name in the output is the test that hung.
         Step("tests of ops", (*pytest, "tests/ops"), 420, "every op, compiled and Triton, on the GPU", cuda_tests),

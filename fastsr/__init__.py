@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastsr import memory, models, nn, ops
     from fastsr.backends import BackendUnavailable, set_backend
     from fastsr.fusion import fuse_, fused, unfuse_
+    from fastsr.graphs import cuda_graph
     from fastsr.nn.freezing import freeze, unfreeze
     from fastsr.upscaling import upscale, upscale_many
     from fastsr.weights import WeightsError, load, save
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendUnavailable": "backends",
     "WeightsError": "weights",
+    "cuda_graph": "graphs",
     "freeze": "nn.freezing",
     "fuse_": "fusion",
     "fused": "fusion",
@@ -33,12 +35,13 @@ _HOMES = {
     "upscale": "upscaling",
     "upscale_many": "upscaling",
 }
-_PACKAGES = ("backends", "fusion", "memory", "models", "nn", "ops", "upscaling", "weights")
+_PACKAGES = ("backends", "fusion", "graphs", "memory", "models", "nn", "ops", "upscaling", "weights")
 
 __all__ = [
     "BackendUnavailable",
     "WeightsError",
     "__version__",
+    "cuda_graph",
     "freeze",
     "fuse_",
     "fused",
