@@ -15,7 +15,7 @@ from fastsr.memory.measuring import fake_model, track
 #: Side of the picture on which a block is simulated; vectors of channels count for little beside it.
 SIDE = 64
 
-#: Operators that make a view, or memory that nobody reads.
+#: Operators that make a view, or memory that nobody reads; those of "prim" ask for a device or a size.
 _FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias")
 
 
@@ -28,7 +28,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in _FREE:
+        if not func.is_view and func.namespace != "prim" and func.overloadpacket.__name__ not in _FREE:
             tensors = [t for t in tree_leaves([args, kwargs, result]) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result

@@ -114,6 +114,7 @@ class _Walk:
                 return
         elif self.attempt(name, module, MATCHERS, place):
             return
+        place += len(self.rows) > place  # behind the reason why it is no block of another kind
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
         if known is None:
@@ -122,7 +123,7 @@ class _Walk:
     def attempt(self, name: str, module: nn.Module, matchers: Iterable[Callable[[nn.Module], Candidate | None]], place: int) -> bool:
         """Fuse `module` if one of `matchers` knows it; True if its parts need no visit. The row goes to `place`."""
         for match in matchers:
-            kind = "block"
+            kind, candidate = "block", None
             try:
                 candidate = match(module)
                 if candidate is None:
@@ -130,6 +131,8 @@ class _Walk:
                 kind = candidate.kind
                 fusion, costs = self.fuse(name, module, candidate)
             except Exception as error:  # also of the block's own code, on an input that it was not made for
+                if candidate is not None and not candidate.sure and not isinstance(error, Refused):
+                    continue
                 reason = str(error) if isinstance(error, Refused) else f"its proof failed: {type(error).__name__}: {error}"
                 self.rows.insert(place, Row(name, _KINDS.get(match.__name__, kind), False, reason.splitlines()[0]))
                 return False
@@ -154,7 +157,7 @@ class _Walk:
         if candidate.moves:
             return identify_moving(module, candidate, self.backend), ()
         fusion = identify(module, candidate)
-        prove(module, fusion, candidate.input_shape, self.backend)
+        prove(bare_copy(module).eval() if candidate.draws else module, fusion, candidate.input_shape, self.backend)
         fused_copy = bare_copy(module, keep_fused=True)
         swap(fused_copy, fusion, self.backend)
         return fusion, (cost(bare_copy(module), candidate.input_shape), cost(fused_copy, candidate.input_shape))
@@ -180,10 +183,13 @@ class _Walk:
 #: Names of families for the rows of blocks that their `match` refuses.
 _KINDS = {
     "match_dense_block": "residual dense block",
+    "match_dense_block_plus": "residual dense block of ESRGAN+",
     "match_rrdb": "RRDB",
     "match_convolutions": "convolutions",
+    "match_wired": "convolutions",
     "match_rcab": "RCAB or CAB",
     "match_channel_attention": "channel attention",
     "match_quantizer": "vector quantiser",
     "match_moving_average": "vector quantiser (moving average)",
+    "match_zalando": "vector quantiser (moving average)",
 }

@@ -63,6 +63,10 @@ class FusedForward:
         return replica
 
     @property
+    def __code__(self) -> Any:  # torch.export looks for its line numbers
+        return type(self.module).forward.__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 

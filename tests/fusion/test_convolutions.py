@@ -85,3 +85,26 @@ def test_a_chain_that_is_changed_afterwards(change):
         change(m)
     x = random_tensor((1, 4, 5, 5), torch.float32, 0)
     torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("child", [1, 2])
+def test_a_hook_in_any_run_is_a_reason_to_leave_the_chain(register, child):
+    model, seen = nn.Sequential(conv(4, 6), nn.ReLU(), conv(6, 6), nn.ReLU()), []
+    getattr(model[child], register)(lambda *_: seen.append(child))
+    report = fastsr.fuse_(model)
+    assert not report.fused
+    assert f"{child} has hooks" in report.rows[0].reason
+    model(random_tensor((1, 4, 5, 5), torch.float32, 0).requires_grad_()).sum().backward()
+    assert seen == [child]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_fused_chain_as_the_root_is_exported(strict):
+    model = nn.Sequential(conv(4, 6), nn.ReLU(), conv(6, 3)).eval()
+    x = random_tensor((1, 4, 5, 5), torch.float32, 0)
+    before = model(x)
+    assert fastsr.fuse_(model).fused == ("",)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert "fastsr" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), before)

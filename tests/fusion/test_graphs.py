@@ -62,7 +62,7 @@ def test_compiled_before_fusing(in_place):
     with torch.no_grad():
         compiled(picture())
         assert "fastsr.dense_block" not in graphs.targets
-        assert len(fastsr.fuse_(compiled).fused) == 4
+        assert len(fastsr.fuse_(compiled).fused) == 5
         y = compiled(picture())
         assert graphs.targets.count("fastsr.dense_block") == 3
         torch.testing.assert_close(y, plain(picture()), rtol=1e-5, atol=1e-6)

@@ -44,6 +44,15 @@ class Embedded(nn.Module):
             return images, loss, indices.view(z.shape[0], 1, *z.shape[2:])
         if self.returns == "RestoreFormer":
             return images, loss, (perplexity, hot, indices[:, None], d)
+        if self.returns.startswith("zalando"):
+            return loss, images, perplexity, hot, *([indices[:, None]] if self.returns.endswith("indices") else [])
+        if self.returns == "images and loss":
+            return images, loss
+        if self.returns == "images, loss and indices":
+            return images, loss, indices.view(z.shape[0], *z.shape[2:])
+        if self.returns == "sonnet":
+            names = ("quantize", "loss", "perplexity", "encodings", "encoding_indices", "distances")
+            return dict(zip(names, (images, loss, perplexity, hot, indices.view(z.shape[0], *z.shape[2:]), d), strict=True))
         if self.returns == "CodeFormer":
             scores = torch.exp(-d.gather(1, indices[:, None]) / 10)
             names = ("perplexity", "min_encodings", "min_encoding_indices", "min_encoding_scores", "mean_distance")
@@ -77,6 +86,35 @@ class Rosinality(nn.Module):
         return x + (q - x).detach(), diff, indices.view(x.shape[:-1])
 
 
+class Zalando(nn.Module):
+    """zalandoresearch's with moving averages; `smooth` is a bug of a copy of it."""
+
+    def __init__(self, codes: int = 16, dim: int = 6, smooth: float = 1.0) -> None:
+        super().__init__()
+        self._decay, self._epsilon, self._commitment_cost, self.smooth = 0.9, 1e-5, 0.3, smooth
+        self._embedding = nn.Embedding(codes, dim)
+        self._embedding.weight.data.normal_()
+        self.register_buffer("_ema_cluster_size", torch.zeros(codes))
+        self._ema_w = nn.Parameter(torch.randn(codes, dim))
+
+    def forward(self, inputs: Tensor):
+        rows = inputs.permute(0, 2, 3, 1).contiguous()
+        flat, codes = rows.view(-1, rows.shape[-1]), self._embedding.weight
+        d = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.t()
+        hot = F.one_hot(d.argmin(1), len(codes)).to(flat.dtype)
+        q = (hot @ codes).view(rows.shape)
+        if self.training:
+            size = self._ema_cluster_size * self._decay + (1 - self._decay) * hot.sum(0)
+            n = size.sum()
+            self._ema_cluster_size = (size + self._epsilon * self.smooth) / (n + len(codes) * self._epsilon) * n
+            self._ema_w = nn.Parameter(self._ema_w * self._decay + (1 - self._decay) * (hot.t() @ flat))
+            self._embedding.weight = nn.Parameter(self._ema_w / self._ema_cluster_size.unsqueeze(1))
+        loss = self._commitment_cost * F.mse_loss(q.detach(), rows)
+        q = rows + (q - rows).detach()
+        share = hot.mean(0)
+        return loss, q.permute(0, 3, 1, 2).contiguous(), torch.exp(-(share * torch.log(share + 1e-10)).sum()), hot
+
+
 def step(module: nn.Module, x: Tensor) -> list[Tensor]:
     module.zero_grad()
     x = x.clone().requires_grad_()
@@ -87,7 +125,13 @@ def step(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("returns", ["images", "taming", "FeMaSR", "RestoreFormer", "CodeFormer"])
+@pytest.mark.parametrize(
+    "returns",
+    [
+        *("images", "taming", "FeMaSR", "RestoreFormer", "CodeFormer", "zalando", "zalando with indices", "images and loss"),
+        *("images, loss and indices", "sonnet"),
+    ],
+)
 def test_embedded(returns, legacy):
     torch.manual_seed(0)
     block = Embedded(returns, legacy).to(DEVICE)
@@ -100,6 +144,19 @@ def test_embedded(returns, legacy):
     for ours, theirs in zip(step(block, x), step(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert type(block(x)) is type(plain(x))
+
+
+def test_images_alone_keep_nothing_for_backward():
+    block, x = Embedded("images"), random_tensor((2, 6, 5, 7), torch.float32, 1).requires_grad_()
+    assert fastsr.fuse_(block).fused == ("",)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        y = block(x)
+    assert saved == []
+    grad = random_tensor(y.shape, torch.float32, 2)
+    y.backward(grad)
+    assert torch.equal(x.grad, grad)
+    assert block.embedding.weight.grad is None
 
 
 def test_unknown_returns_are_left():
@@ -144,6 +201,33 @@ def test_moving_averages_move_as_theirs(way):
     assert not torch.equal(block.embed, before["embed"])
     if way == "deepcopy":
         assert all(torch.equal(t, before[k]) for k, t in original.state_dict().items())
+
+
+def test_zalando_s_averages_move_as_theirs():
+    torch.manual_seed(0)
+    block = Zalando().to(DEVICE)
+    plain = copy.deepcopy(block)
+    before = {k: t.clone() for k, t in block.state_dict().items()}
+    report = fastsr.fuse_(block)
+    assert report.fused == ("",), report
+    assert all(torch.equal(t, before[k]) for k, t in block.state_dict().items())
+    for k in range(5):
+        x = random_tensor((2, 6, 5, 7), torch.float32, k)
+        for m in (block, plain):
+            m.train(k < 4)
+        assert forward_of(block).applies(x)
+        for ours, theirs in zip(step(block, x), step(plain, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for key, tensor in plain.state_dict().items():
+            torch.testing.assert_close(block.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(block._embedding.weight, before["_embedding.weight"])
+    assert [type(p) for p in block.parameters()] == [nn.Parameter] * 2
+
+
+def test_zalando_s_averages_with_another_rule_are_left():
+    report = fastsr.fuse_(Zalando(smooth=1e4))
+    assert not report.fused
+    assert "state differs" in report.rows[0].reason
 
 
 def test_a_moving_average_with_another_rule_is_left():

@@ -42,6 +42,76 @@ class DenseRelu(nn.Module):
         return x + self.last(torch.cat((x, a, b), 1))
 
 
+class Noise(nn.Module):
+    """Multiplied with the values while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        drawn = torch.randn(x.shape, device=x.device)  # float32 whatever x is: the same numbers for the same seed
+        return x + (self.mean + drawn).to(x.dtype) * 0.1 * x.detach()
+
+
+class DensePlus(DenseSequential):
+    """ESRGAN+'s; with `squeeze` the pointwise convolution has other channels, which are repeated."""
+
+    def __init__(self, squeeze: int = 1) -> None:
+        super().__init__()
+        self.shortcut, self.squeeze = conv(8, 4 // squeeze, 1), squeeze
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.step0(x)
+        b = self.step1(torch.cat((x, a), 1)) + self.shortcut(x).repeat(1, self.squeeze, 1, 1)
+        c = self.step2(torch.cat((x, a, b), 1))
+        d = self.step3(torch.cat((x, a, b, c), 1)) + b
+        return self.out(torch.cat((x, a, b, c, d), 1)) * self.scale + x
+
+
+class DensePlusNoisy(DensePlus):
+    """Noise as a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = Noise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(super().forward(x))
+
+
+class DensePlusDrawing(DensePlus):
+    """Noise in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + torch.randn_like(y) if self.training else y
+
+
+class DensePlusGain(DensePlus):
+    """A number of its own that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class EfficientGate(nn.Module):
+    """ECA: a convolution along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(x.mean((2, 3)).unsqueeze(1)).sigmoid().view(*x.shape[:2], 1, 1)
+
+
 class Chain(nn.Module):
     """Dense blocks in a Sequential of its own, with a scaled skip around: not an RRDB to us (one child), its blocks are."""
 

@@ -74,6 +74,8 @@ def squeezes(module: nn.Module) -> list[Activation]:
 def match_channel_attention(module: nn.Module) -> Candidate | None:
     """A gate's one or two layers, and nothing else that has parameters."""
     parts = owners(module)
+    if len(parts) == 1 and parts[0][0] and isinstance(parts[0][1], nn.Conv1d) and sizes(parts[0][1]) == (1, 1):
+        raise Refused("its gate is a convolution along the channels (ECA), not a layer of all of them")
     if not 1 <= len(parts) <= 2 or not all(is_gate_layer(layer) and path for path, layer in parts):
         return None
     channels, squeezed = sizes(parts[0][1])
@@ -91,4 +93,4 @@ def match_channel_attention(module: nn.Module) -> Candidate | None:
             for activation in squeezes(module)[: None if len(paths) == 2 else 1]:
                 yield ChannelAttention(paths, gate, activation)
 
-    return Candidate(ChannelAttention.kind, (2, channels, 5, 6), hypotheses)
+    return Candidate(ChannelAttention.kind, (2, channels, 5, 6), hypotheses, sure=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsr import ops
 from fastsr.backends import Backend
 from fastsr.fusion.families.family import Candidate, Fusion, Probe
-from fastsr.fusion.structure import Refused, check_plain, part
+from fastsr.fusion.structure import Refused, check_plain, has_hooks, part
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,30 @@ class Convolutions(Fusion):
         return same and super().takes(module, x)
 
 
+def is_doubling(layer: nn.Module) -> bool:
+    """True for nearest upsampling by 2."""
+    return type(layer) is nn.Upsample and layer.mode == "nearest" and layer.size is None and layer.scale_factor in (2, 2.0, (2.0, 2.0))
+
+
+def is_plain_conv(layer: nn.Module) -> bool:
+    """True for a plain 3x3 convolution that the operator computes."""
+    if type(layer) is not nn.Conv2d:
+        return False
+    try:
+        check_plain((), layer, 3)
+    except Refused:
+        return False
+    return True
+
+
 def _run_at(children: list[nn.Module], first: int) -> Run | None:
     """The run that begins with child `first`, if it holds more than a convolution."""
     k, upsample, slope, shuffle = first, 1, 1.0, 1
-    up = children[k]
-    if type(up) is nn.Upsample and up.mode == "nearest" and up.size is None and up.scale_factor in (2, 2.0, (2.0, 2.0)):
+    if is_doubling(children[k]):
         k, upsample = k + 1, 2
-    if k == len(children) or type(children[k]) is not nn.Conv2d:
+    if k == len(children) or not is_plain_conv(children[k]):
         return None
     conv = k
-    try:
-        check_plain((str(k),), children[k], 3)
-    except Refused:
-        return None
     for layer in children[conv + 1 :]:
         if type(layer) is nn.ReLU and slope == 1.0:
             slope = 0.0
@@ -99,6 +110,10 @@ def match_convolutions(module: nn.Module) -> Candidate | None:
         k = run.stop if run is not None else k + 1
     if not runs:
         return None
+    for run in runs:
+        for name, child in zip(names[run.first : run.stop], children[run.first : run.stop], strict=True):
+            if has_hooks(child):
+                raise Refused(f"{name} has hooks, which fusing would silence (old-style weight norm and spectral norm are hooks too)")
     whole = Convolutions(tuple((names[run.conv],) for run in runs), tuple(runs))
     first = runs[0]
     shifted = Run(0, first.stop - first.first, first.conv - first.first, first.upsample, first.negative_slope, first.pixel_shuffle)

@@ -72,6 +72,8 @@ class Candidate:
 
     Attributes:
         moves: training changes its buffers.
+        sure: False where other things have such parts too; what then cannot run on an image is none.
+        draws: training draws random numbers, in a part that the fusion calls at the same time: equal under the same seed.
         stand_in: what is proven instead of a block that calls other blocks, which may be large; `whole` is then the block's fusion.
     """
 
@@ -81,6 +83,8 @@ class Candidate:
     moves: bool = False
     stand_in: nn.Module | None = None
     whole: Fusion | None = None
+    draws: bool = False
+    sure: bool = True
 
 
 def fitted(branch: Tensor, target: Tensor) -> list[float]:

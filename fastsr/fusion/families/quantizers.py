@@ -1,4 +1,4 @@
-"""Vector quantisers whose codebook is an `nn.Embedding`: taming-transformers, diffusers, CodeFormer, RestoreFormer, FeMaSR, AdaCode."""
+"""Vector quantisers whose codebook is an `nn.Embedding`: taming-transformers, diffusers, CodeFormer, RestoreFormer, FeMaSR, zalando's."""
 
 from __future__ import annotations
 
@@ -49,9 +49,28 @@ def _statistics(f: Found, scores: bool) -> dict[str, Tensor]:
     return {**found, "mean_distance": f.out.mean_distance}  # type: ignore[dict-item]
 
 
+def _dictionary(f: Found) -> dict[str, Tensor]:
+    found = {"quantize": f.quantized, "loss": f.loss, "perplexity": f.out.perplexity, "encodings": f.encodings}
+    return {**found, "encoding_indices": f.out.indices, "distances": f.distances}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+ALONE = "the images alone"
+
 #: What the libraries return. The matrices of all rows by all codes are made only where the block returns them.
 RETURNS: dict[str, Callable[[Found], Any]] = {
-    "the images alone": lambda f: f.quantized,
+    ALONE: lambda f: f.quantized,
     "taming": lambda f: (f.quantized, f.loss, (None, None, f.out.indices.flatten())),
     "taming, indices as images": lambda f: (f.quantized, f.loss, (None, None, f.out.indices)),
     "FeMaSR": lambda f: (f.quantized, f.loss, f.out.indices.unsqueeze(1)),
@@ -59,6 +78,12 @@ RETURNS: dict[str, Callable[[Found], Any]] = {
     "RestoreFormer": lambda f: (f.quantized, f.loss, (f.out.perplexity, f.encodings, f.indices, f.distances)),
     "CodeFormer": lambda f: (f.quantized, f.loss, _statistics(f, True)),
     "CodeFormer without scores": lambda f: (f.quantized, f.loss, _statistics(f, False)),
+    "zalando": lambda f: (f.loss, f.quantized, f.out.perplexity, f.encodings),
+    "zalando, with indices": lambda f: (f.loss, f.quantized, f.out.perplexity, f.encodings, f.indices),
+    "images and loss": lambda f: (f.quantized, f.loss),
+    "images, loss and indices": lambda f: (f.quantized, f.loss, f.out.indices),
+    "images, loss and flat indices": lambda f: (f.quantized, f.loss, f.out.indices.flatten()),
+    "sonnet": lambda f: _dictionary(f),
 }
 
 
@@ -77,6 +102,10 @@ class Quantizer(Fusion):
         wide = torch.promote_types(x.dtype, codes.dtype)
         distance = self.returns.startswith("CodeFormer")
         options = {"channel_dim": 1, "return_distance": distance, "mean_distance": distance, "backend": backend}
+        if self.returns == ALONE:  # no loss, so that nothing need be kept
+            with torch.no_grad():
+                quantized = ops.vector_quantize(x.to(wide), codes.to(wide), **options).quantized  # type: ignore[arg-type]
+            return _StraightThrough.apply(x, quantized)
         out = ops.vector_quantize(x.to(wide), codes.to(wide), **options)  # type: ignore[arg-type]
         terms = (out.commitment_loss, out.codebook_loss)
         first, second = terms if self.legacy else reversed(terms)

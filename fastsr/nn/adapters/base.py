@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr.nn.quantizer_states import Format
@@ -51,11 +50,11 @@ def take_over(theirs: nn.Module, ours: Adapter) -> Adapter:
 
 
 def one_hot(indices: Tensor, size: int, like: Tensor) -> Tensor:
-    """(N, K) in like's dtype."""
-    return F.one_hot(indices.flatten(), size).to(like.dtype)
+    """(N, K) in like's dtype; `F.one_hot` would fill 64-bit integers first."""
+    return like.new_zeros((indices.numel(), size)).scatter_(1, indices.reshape(-1, 1), 1.0)
 
 
 def all_distances(rows: Tensor, codebook: Tensor) -> Tensor:
     """(N, K): |x|^2 + |e|^2 - 2 x.e, as those who return this matrix compute it."""
-    products = torch.matmul(rows, codebook.t())
-    return rows.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * products
+    products = torch.addmm(codebook.square().sum(1), rows, codebook.t(), alpha=-2)  # one pass over (N, K) less than a sum of three
+    return products + rows.square().sum(1, keepdim=True)
