@@ -43,9 +43,9 @@ ledger: $(READY)
 ledger-check: $(READY)
 	$(PY) benchmarks/ledger.py --check
 
-# Other people's packages stay out of the environment: they would bring a torch of their own.
+# Other people's packages stay out of the environment: they would bring a torch of their own, and so would an isolated build.
 peers: build
-	$(PY) -m pip install -q --no-deps --target $(VENV)/peers -r tests/peers/requirements.txt
+	$(PY) -m pip install -q --no-deps --no-build-isolation --target $(VENV)/peers -r tests/peers/requirements.txt
 	PYTHONPATH=$(VENV)/peers $(PY) -m pytest tests/peers -rs
 
 # Ten million rows through the compiled code search, each index compared with its true value; goes on where it was.

@@ -17,11 +17,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Network:
-    """`make(size)` builds it, with size "small" or "full"; `kinds` are the kinds of blocks that must be fused, `shape` its input."""
+    """`make(size)` builds it, with size "small" or "full"; `kinds` are the kinds of blocks that must be fused, `shape` is its input, and
+    `left` what the reasons must say of others that were not."""
 
     make: Callable[[str], nn.Module]
     kinds: frozenset[str]
     shape: tuple[int, ...] = (1, 3, 32, 32)
+    left: str = ""
 
     def built(self, size: str = "small") -> nn.Module:
         """With random weights that are the same each time."""
@@ -81,6 +83,7 @@ def lucidrains(**options: Any) -> Callable[[str], nn.Module]:
 
 
 RDB, ATTENTION, CONVOLUTIONS, QUANTIZER = "residual dense block", "channel attention", "convolutions", "vector quantiser"
+PLUS = "residual dense block of ESRGAN+"
 ESRGAN = "spandrel:ESRGAN.__arch.RRDB:RRDBNet"
 WINDOWS = {"img_size": 16, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 8, "upscale": 2, "upsampler": "pixelshuffle"}
 
@@ -91,7 +94,9 @@ NETWORKS: dict[str, dict[str, Network]] = {
         "ESRGAN x2, unshuffled": Network(
             spandrel(ESRGAN, {"in_nc": 12, "num_filters": 8, "num_blocks": 1, "shuffle_factor": 2, "scale": 4}), frozenset({"RRDB", RDB})
         ),
-        "ESRGAN+": Network(spandrel(ESRGAN, {"num_filters": 8, "num_blocks": 1, "plus": True}), frozenset({CONVOLUTIONS})),
+        "ESRGAN+": Network(
+            spandrel(ESRGAN, {"num_filters": 8, "num_blocks": 1, "plus": True}, {"plus": True}), frozenset({PLUS, CONVOLUTIONS})
+        ),
         "RCAN x4": Network(
             spandrel("spandrel:RCAN.__arch.rcan_arch:RCAN", {"n_resgroups": 1, "n_resblocks": 2, "n_feats": 32}, {}),
             frozenset({"RCAB", CONVOLUTIONS}),
@@ -101,7 +106,38 @@ NETWORKS: dict[str, dict[str, Network]] = {
             frozenset({"CAB"}),
             (1, 3, 16, 16),
         ),
-        "OmniSR": Network(spandrel("spandrel:OmniSR.__arch.OmniSR:OmniSR", {"num_feat": 16}, {"res_num": 5}), frozenset(), (1, 3, 32, 32)),
+        "DRCT": Network(
+            spandrel("spandrel:DRCT.__arch.drct_arch:DRCT", {**WINDOWS, "gc": 8}),
+            frozenset({CONVOLUTIONS}),
+            (1, 3, 16, 16),
+        ),
+        "SwinIR, real-world": Network(
+            spandrel("spandrel:SwinIR.__arch.SwinIR:SwinIR", {**WINDOWS, "upscale": 4, "upsampler": "nearest+conv"}),
+            frozenset({CONVOLUTIONS}),
+            (1, 3, 16, 16),
+        ),
+        "GRL": Network(
+            spandrel(
+                "spandrel:GRL.__arch.grl:GRL",
+                {
+                    **{"img_size": 16, "embed_dim": 24, "depths": [2], "num_heads_window": [2], "num_heads_stripe": [2], "upscale": 2},
+                    **{"stripe_size": [8, 8], "local_connection": True, "upsampler": "pixelshuffle", "anchor_window_down_factor": 2},
+                },
+            ),
+            frozenset({"CAB", CONVOLUTIONS}),
+            (1, 3, 16, 16),
+        ),
+        "MM-RealSR": Network(
+            spandrel(
+                "spandrel:MMRealSR.__arch.mmrealsr_arch:MMRRDBNet_test",
+                {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "num_block": 1, "num_grow_ch": 8},
+                {"num_in_ch": 3, "num_out_ch": 3},
+            ),
+            frozenset({"RRDB", RDB, CONVOLUTIONS}),
+        ),
+        "OmniSR": Network(
+            spandrel("spandrel:OmniSR.__arch.OmniSR:OmniSR", {"num_feat": 16}, {"res_num": 5}), frozenset({ATTENTION}), (1, 3, 32, 32)
+        ),
         "SAFMN": Network(spandrel("spandrel:SAFMN.__arch.safmn:SAFMN", {"dim": 8, "n_blocks": 2}, {"dim": 36}), frozenset({CONVOLUTIONS})),
         "RealCUGAN x2": Network(spandrel("spandrel:RealCUGAN.__arch.upcunet_v3:UpCunet2x", {}), frozenset({ATTENTION}), (1, 3, 48, 48)),
         "RestoreFormer's quantiser": Network(
@@ -142,6 +178,9 @@ NETWORKS: dict[str, dict[str, Network]] = {
     "timm": {
         "seresnet18": Network(timm("legacy_seresnet18"), frozenset({ATTENTION}), (2, 3, 64, 64)),
         "mobilenetv3_small_050": Network(timm("mobilenetv3_small_050"), frozenset({ATTENTION}), (2, 3, 64, 64)),
+        "regnety_002": Network(timm("regnety_002"), frozenset({ATTENTION}), (2, 3, 64, 64)),
+        "efficientnet_b0": Network(timm("efficientnet_b0"), frozenset({ATTENTION}), (2, 3, 64, 64)),
+        "eca_resnet33ts": Network(timm("eca_resnet33ts"), frozenset(), (2, 3, 64, 64), "convolution along the channels (ECA)"),
         "ese_vovnet19b_dw": Network(timm("ese_vovnet19b_dw"), frozenset({ATTENTION}), (2, 3, 64, 64)),
     },
     "diffusers": {"VQModel": Network(vq_model, frozenset({QUANTIZER}), (1, 3, 32, 32))},

@@ -23,8 +23,7 @@ CASES = [(package, name) for package, networks in NETWORKS.items() for name in n
 def network(request, torchvision_imports) -> Network:
     package, name = request.param
     if package not in sys.modules and importlib.util.find_spec(package) is None:
-        remedy = "pip install --no-deps basicsr" if package == "basicsr" else "`make peers` installs it and runs this"
-        pytest.skip(f"{package} is not installed; {remedy}")
+        pytest.skip(f"{package} is not installed; `make peers` installs it and runs this")
     return NETWORKS[package][name]
 
 
@@ -52,6 +51,7 @@ def test_fused_networks_agree(network):
     plain, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     report = fastsr.fuse_(model)
     assert network.kinds <= {row.kind for row in report.rows if row.fused}, report
+    assert not network.left or any(network.left in row.reason for row in report.rows), report
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[key]), key
     x = random_tensor(network.shape, torch.float32, 0).abs()
