@@ -71,7 +71,7 @@ def test_a_second_time_changes_nothing_and_says_so(make):
 
 def test_filter():
     report = fastsr.fuse_(esrgan(), lambda module, name: not name.endswith("rdb2"))
-    assert set(report.fused) == {"body.0.rdb1", "body.0.rdb3"}
+    assert set(report.fused) == {"", "body.0.rdb1", "body.0.rdb3"}
     assert [row.reason for row in report.rows if row.name == "body.0.rdb2"] == ["filter_fn left it out"]
 
 
@@ -79,7 +79,7 @@ def test_context():
     model = esrgan()
     fastsr.fuse_(model.body[0].rdb1)
     with fastsr.fused(model, lambda module, name: name != "body.0.rdb3") as report:
-        assert report.fused == ("body.0.rdb2",)
+        assert report.fused == ("", "body.0.rdb2")
         assert forward_of(model.body[0].rdb2)
     assert forward_of(model.body[0].rdb1)
     assert not forward_of(model.body[0].rdb2)
