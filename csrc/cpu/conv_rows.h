@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/conv_driver.h"
+#include "cpu/shares.h"
 
 namespace fastsr::cpu {
 
@@ -15,22 +16,26 @@ void convolve_rows(const Kernel& kernel, const RowInput::Layout& in, Element typ
                    Done done) {
   const int64_t height = in.height * in.upsample, width = in.width * in.upsample;
   const int64_t work = width * common.conv->cin * common.conv->cout * 9;  // multiply-adds of a row; a thread is worth waking for some 100,000
-  torch::stable::parallel_for(first, last, std::max<int64_t>(1, 100000 / work), [&](int64_t begin, int64_t end) {
+  const int64_t together = rows_at_a_time(width), grain = std::max(together, 100000 / work);
+  Shares shares(first, last, std::clamp<int64_t>((last - first) / grain, 1, torch::stable::get_num_threads()), together);
+  torch::stable::parallel_for(0, shares.count(), 1, [&](int64_t from, int64_t to) {
     thread_local Buffer memory;
-    const int64_t together = rows_at_a_time(width);
     RowInput input(kernel, in, together, memory);
     RowJob jobs[kRows];
-    for (int64_t row = begin; row < end;) {
-      int64_t count = 0;
-      do {
-        RowJob& job = jobs[count++] = common;
-        job.begin = 0, job.end = width;
-        input.set(job, row / height, row % height);
-        place(job, row / height, row % height);
-      } while (++row < end && count < together && row % height != 0);
-      kernel.rows[static_cast<int>(type)](jobs, count);
-      for (int64_t i = 0; i < count; ++i) done(row - count + i, jobs[i]);
-    }
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end;) {
+        int64_t count = 0;
+        do {
+          RowJob& job = jobs[count++] = common;
+          job.begin = 0, job.end = width;
+          input.set(job, row / height, row % height);
+          place(job, row / height, row % height);
+        } while (++row < end && row % height != 0);
+        kernel.rows[static_cast<int>(type)](jobs, count);
+        for (int64_t i = 0; i < count; ++i) done(row - count + i, jobs[i]);
+      }
+    };
+    for (int64_t own = from; own < to; ++own) shares.take(own, run);
   });
 }
 
