@@ -5,7 +5,7 @@
     python benchmarks/memory_table.py steps         RCAN within 1 GiB beside RCAN without a plan: losses, gradients to the last bit
     python benchmarks/memory_table.py table         the record as the tables of docs/memory.md
 
-Each part fills its own place in benchmarks/results/cpu-memory.json, with the environment that it ran in.
+Each part fills its own place in benchmarks/results/memory-cpu.json, with the environment that it ran in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastsr.memory.planning import POLICIES, Planner, Policy  # noqa: E402
 from fastsr.memory.sizes import format_bytes  # noqa: E402
 from fastsr.models import RCAN, RRDBNet  # noqa: E402
 
-RECORD = ROOT / "benchmarks" / "results" / "cpu-memory.json"
+RECORD = ROOT / "benchmarks" / "results" / "memory-cpu.json"
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"RCAN": lambda: RCAN(3, 3), "RRDBNet": lambda: RRDBNet(3, 3)}
 SHAPE = (16, 3, 48, 48)
 #: Of the table: bytes go with the batch, and so does nearly all of the time.

@@ -4,13 +4,14 @@
 
 Reads every `cpu-*.json` and `gpu-*.json` in benchmarks/results/, writes docs/benchmarks/ (report.md, plots), and replaces what stands
 between the markers in README.md (a line for each case) and in docs/benchmarks.md (what is lost). No figure is typed by hand. Of a
-case that several files hold, both show the newest run.
+case that several files of one machine hold, both show the newest run.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import string
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,10 @@ from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ou
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
 
-#: Of a case the newest row of ours, and all timed rows beside it.
-Newest = dict[str, tuple[Row, list[Row]]]
+#: Of a case on a machine the newest row of ours, and all timed rows beside it.
+Newest = dict[tuple[str, str], tuple[Row, list[Row]]]
 
-HEADINGS = ("case", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
+HEADINGS = ("case", "machine", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
 
 
 def main() -> int:
@@ -62,24 +63,31 @@ def write_report(files: Sequence[Path], target: Path) -> None:
 
 
 def newest_of(runs: Sequence[Mapping[str, Any]]) -> Newest:
-    """Every case that one of ours was timed in; on a GPU with a cold cache."""
+    """Every case and machine that one of ours was timed in; on a GPU with a cold cache."""
     found: Newest = {}
     for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
         for (case, mode), group in groups(run["results"]).items():
             if mode in ("wall", "cold") and (mine := ours(group)) is not None:
-                found[case] = (mine, group)
+                found[case, machine_of(run)] = (mine, group)
     return found
+
+
+def machine_of(run: Mapping[str, Any]) -> str:
+    """Processor, threads, instruction set and torch."""
+    return results.machine(run["environment"]).rsplit(",", 1)[0]
 
 
 def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
     """What README says: machines, how much is lost, the figure, a line for each case."""
-    machines = sorted({results.machine(run["environment"]).rsplit(",", 1)[0] for run in runs})
+    machines = sorted({machine_of(run) for run in runs})
+    letters = {machine: string.ascii_uppercase[i] for i, machine in enumerate(machines)}
     figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
-    lines = [_line(case, mine, group) for case, (mine, group) in sorted(newest.items())]
-    cases = {mine["case"] for mine, _ in _losses(newest)}
+    lines = [_line(case, letters[machine], mine, group) for (case, machine), (mine, group) in sorted(newest.items())]
+    cases = {id(mine) for mine, _ in _losses(newest)}
     said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} cases"
     where = " ([which](docs/benchmarks.md))." if cases else "."
-    return "\n\n".join([f"*{'; '.join(machines)}*", said + where, figure, markdown.table(HEADINGS, lines)])
+    named = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
+    return "\n\n".join([f"*{named}*", said + where, figure, markdown.table(HEADINGS, lines)])
 
 
 def lost(newest: Newest) -> str:
@@ -97,7 +105,7 @@ def _losses(newest: Newest) -> list[tuple[Row, Row]]:
     return losses(row for _, group in newest.values() for row in group)
 
 
-def _line(case: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:
+def _line(case: str, machine: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:
     times = {row["runner"]: median(row) for row in group}
     others = [row for row in group if not row["runner"].startswith(("eager", "torch.compile"))]
     best = best_rival(others)
@@ -107,7 +115,7 @@ def _line(case: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:
 
     percent = "-" if mine.get("roof") is None else f"{mine['roof']['percent']:.0f}%"
     peer = "-" if best is None else f"{ratio(median(best))} {best['runner']}"
-    return (case, markdown.ms(mine), percent, ratio(times.get("eager channels-last")), ratio(times.get("torch.compile")), peer)
+    return (case, machine, markdown.ms(mine), percent, ratio(times.get("eager channels-last")), ratio(times.get("torch.compile")), peer)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_the_html_page_stands_alone_and_escapes() -> None:
 
 def test_the_committed_results_make_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    files = sorted(RESULTS.glob("cpu-*.json"))[:2]
+    files = sorted(RESULTS.glob("cpu-*.json"))
     baseline = str(files[0])
     assert main(["bench", "report", *map(str, files), "--out", str(tmp_path / "out"), "--baseline", baseline]) == 0
     written = {Path(line).name for line in capsys.readouterr().out.split()}
@@ -149,7 +149,13 @@ def test_the_committed_results_make_a_report(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("not json", "is no JSON file"), ("[1, 2]", "is not a file of"), ('{"format": 1}', "is not a file of"), (None, "No such file")],
+    [
+        ("not json", "is no JSON file"),
+        ("[1, 2]", "is not a file of"),
+        ('{"format": 1}', "is not a file of"),
+        ('{"steps": {"a": "b"}}', "is not a file of"),
+        (None, "No such file"),
+    ],
 )
 def test_files_that_are_no_reports(text: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"

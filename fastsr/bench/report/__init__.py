@@ -22,8 +22,9 @@ def read(path: str | Path) -> dict[str, Any]:
         report = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
-    if isinstance(report, dict) and "steps" in report:
-        runs = [step["data"] for step in report["steps"].values() if isinstance(step.get("data"), dict) and "results" in step["data"]]
+    if isinstance(report, dict) and isinstance(report.get("steps"), dict):
+        found = [step.get("data") for step in report["steps"].values() if isinstance(step, dict)]
+        runs = [data for data in found if isinstance(data, dict) and "results" in data]
         if runs:
             return {**runs[0], "results": [row for run in runs for row in run["results"]]}
     if not isinstance(report, dict) or not {"format", "environment", "roofs", "results"} <= report.keys():
