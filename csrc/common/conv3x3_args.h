@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/parameters.h"
+
 namespace fastsr {
 
 using torch::headeronly::ScalarType;
@@ -51,10 +53,10 @@ inline Conv3x3Args conv3x3_args(const Tensor& x, const Tensor& weight, const std
            t.size(3) == a.width * r && t.scalar_type() == x.scalar_type();
   };
   STD_TORCH_CHECK(has_output_shape(out), "conv3x3: out has not the output's shape or dtype");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "conv3x3: weight has not x's dtype");
+  STD_TORCH_CHECK(fits_pictures(weight, x), "conv3x3: weight has neither x's dtype nor float32");
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.cout && bias->scalar_type() == x.scalar_type(),
-                    "conv3x3: bias has not one value of x's dtype per output channel");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.cout && bias->scalar_type() == weight.scalar_type(),
+                    "conv3x3: bias has not one value of the weight's dtype per output channel");
   }
   if (residual) {
     STD_TORCH_CHECK(has_output_shape(*residual), "conv3x3: residual has not the output's shape or dtype");

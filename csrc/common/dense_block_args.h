@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/parameters.h"
+
 namespace fastsr {
 
 using torch::headeronly::ScalarType;
@@ -37,8 +39,9 @@ inline DenseBlockShape dense_block_shape(const Tensor& like, const std::vector<T
   DenseBlockShape s{like.size(0), like.size(2), like.size(3), features, {}, {}};
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& w = weights[k];
-    STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == s.channels && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == like.scalar_type(),
-                    "dense_block: weight ", k, " does not fit; expected (outputs, ", s.channels, ", 3, 3) of x's dtype");
+    STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == s.channels && w.size(2) == 3 && w.size(3) == 3 && fits_pictures(w, like) &&
+                        w.scalar_type() == weights[0].scalar_type(),
+                    "dense_block: weight ", k, " does not fit; expected (outputs, ", s.channels, ", 3, 3) of x's dtype or all float32");
     s.begin.push_back(s.channels);
     s.outputs.push_back(w.size(0));
     if (!closed || k + 1 < weights.size()) s.channels += w.size(0);
@@ -47,11 +50,11 @@ inline DenseBlockShape dense_block_shape(const Tensor& like, const std::vector<T
   return s;
 }
 
-inline void check_biases(const std::vector<std::optional<Tensor>>& biases, const DenseBlockShape& s, const Tensor& workspace) {
+inline void check_biases(const std::vector<std::optional<Tensor>>& biases, const DenseBlockShape& s, const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(static_cast<int64_t>(biases.size()) == s.convs(), "dense_block: ", biases.size(), " biases for ", s.convs(), " weights");
   for (int64_t k = 0; k < s.convs(); ++k) {
-    STD_TORCH_CHECK(!biases[k] || (biases[k]->dim() == 1 && biases[k]->size(0) == s.outputs[k] && biases[k]->scalar_type() == workspace.scalar_type()),
-                    "dense_block: bias ", k, " has not one value of the workspace's dtype per output");
+    STD_TORCH_CHECK(!biases[k] || (biases[k]->dim() == 1 && biases[k]->size(0) == s.outputs[k] && biases[k]->scalar_type() == weights[k].scalar_type()),
+                    "dense_block: bias ", k, " has not one value of its weight's dtype per output");
   }
 }
 

@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/parameters.h"
+
 namespace fastsr {
 
 using torch::headeronly::ScalarType;
@@ -44,10 +46,11 @@ inline RcabShape rcab_shape(const Tensor& x, const Tensor& weight1, const Tensor
   STD_TORCH_CHECK(weight1.dim() == 4, "rcab: weight1 has ", weight1.dim(), " dimensions; expected 4");
   const RcabShape s{x.size(0), x.size(1), weight1.size(0), x.size(2), x.size(3)};
   const auto fits = [&](const Tensor& w, int64_t outputs, int64_t inputs) {
-    return w.dim() == 4 && w.size(0) == outputs && w.size(1) == inputs && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == x.scalar_type();
+    return w.dim() == 4 && w.size(0) == outputs && w.size(1) == inputs && w.size(2) == 3 && w.size(3) == 3 && fits_pictures(w, x) &&
+           w.scalar_type() == weight1.scalar_type();
   };
   STD_TORCH_CHECK(fits(weight1, s.hidden, s.features) && fits(weight2, s.features, s.hidden),
-                  "rcab: the weights do not fit x with ", s.features, " channels; expected (M, F, 3, 3) and (F, M, 3, 3) of its dtype");
+                  "rcab: the weights do not fit x with ", s.features, " channels; expected (M, F, 3, 3) and (F, M, 3, 3) of its dtype or both float32");
   check_rcab_pixels(x, x, s.features, "x");
   check_rcab_pixels(hidden, x, s.hidden, "hidden");
   check_rcab_floats(sums, s.batch * s.hidden * 9, "sums");
@@ -71,7 +74,7 @@ inline void check_rcab_backward(const Tensor& x, const RcabShape& s, const Tenso
   STD_TORCH_CHECK(weight2.is_contiguous() && (!bias2 || bias2->is_contiguous()), "rcab: weight2 or bias2 is not contiguous");
   STD_TORCH_CHECK(gradients.empty() || gradients.size() == 8, "rcab: ", gradients.size(), " gradients; expected none or 8");
   for (const Tensor& t : gradients) {
-    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type(), "rcab: a gradient is not contiguous, of x's dtype");
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == weight2.scalar_type(), "rcab: a gradient is not contiguous, of the parameters' dtype");
   }
 }
 

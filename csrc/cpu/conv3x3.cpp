@@ -39,9 +39,10 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   char* frozen = frozen_weights(packed, kernel, type, {{a.cout, a.cin}}, r);
   PackedConv conv = packed_conv(kernel, a.cout, a.cin, frozen ? frozen : weights.reserve(packed_bytes(kernel, a.cout, a.cin)));
   if (!frozen) {
-    const WeightView view{weight.const_data_ptr(), type, weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    const Element given = element_of(weight.scalar_type(), "conv3x3");
+    const WeightView view{weight.const_data_ptr(), given, weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3), type};
     pack_weights(kernel, conv, view, 0, a.cin, r);
-    pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, r);
+    pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, given, bias ? bias->stride(0) : 0, type, r);
   }
 
   std::vector<int64_t> out_lanes, skip_lanes;

@@ -11,6 +11,7 @@
 
 #include "cpu/channels.h"
 #include "cpu/isa.h"
+#include "cpu/rounding.h"
 
 namespace fastsr::cpu {
 namespace {
@@ -38,8 +39,8 @@ float to_float(const void* p, Element type, int64_t i) {
   }
 }
 
-// One group of outputs, input channels [begin, end) of the packed weights.
-template <class From, class To>
+// One group of outputs, input channels [begin, end) of the packed weights. Values pass through the type `Via`.
+template <class From, class Via, class To>
 void pack_block(const Kernel& kernel, const PackedConv& conv, const WeightView& weight, int64_t group, int64_t channel,
                 int64_t channels, int64_t begin, int64_t end, int64_t r) {
   constexpr int64_t kUnit = sizeof(float) / sizeof(To);  // input channels side by side
@@ -58,7 +59,7 @@ void pack_block(const Kernel& kernel, const PackedConv& conv, const WeightView& 
       const int64_t o = source_channel(first + i, conv.cout, r);
       const From* from = static_cast<const From*>(weight.data) + o * weight.o + (c - channel) * weight.c;
       for (int64_t y = 0; y < 3; ++y) {
-        for (int64_t x = 0; x < 3; ++x) column[y * tap_row + x * tap] = static_cast<To>(from[y * weight.h + x * weight.w]);
+        for (int64_t x = 0; x < 3; ++x) column[y * tap_row + x * tap] = static_cast<To>(static_cast<Via>(from[y * weight.h + x * weight.w]));
       }
     }
   }
@@ -128,27 +129,30 @@ void pack_weights(const Kernel& kernel, const PackedConv& conv, const WeightView
   torch::stable::parallel_for(0, groups * blocks, 4, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = channel + task % blocks * kChannels, stop = std::min(begin + kChannels, end);
-      const auto run = [&](auto from, auto to) {
-        pack_block<decltype(from), decltype(to)>(kernel, conv, weight, task / blocks, channel, channels, begin, stop, pixel_shuffle);
+      const auto run = [&]<class From, class Via, class To>(From, Via, To) {
+        pack_block<From, Via, To>(kernel, conv, weight, task / blocks, channel, channels, begin, stop, pixel_shuffle);
       };
+      const auto from = [&](auto via, auto to) { weight.type == Element::f32 ? run(float(), via, to) : run(via, via, to); };
       if (kernel.operand == Element::bf16) {
-        run(BFloat16(), BFloat16());
-      } else if (weight.type == Element::f32) {
-        run(float(), float());
-      } else if (weight.type == Element::bf16) {
-        run(BFloat16(), float());
+        from(BFloat16(), BFloat16());
+      } else if (weight.rounded_to == Element::f32) {
+        run(float(), float(), float());
+      } else if (weight.rounded_to == Element::bf16) {
+        from(BFloat16(), float());
       } else {
-        run(Half(), float());
+        from(Half(), float());
       }
     }
   });
 }
 
-void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, Element type, int64_t stride, int64_t pixel_shuffle) {
+void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, Element type, int64_t stride, Element rounded_to,
+               int64_t pixel_shuffle) {
   float* to = const_cast<float*>(conv.bias);
   const int64_t padded = padded_outputs(kernel, conv.cout);
   for (int64_t i = 0; i < padded; ++i) {
-    to[i] = bias && i < conv.cout ? to_float(bias, type, source_channel(i, conv.cout, pixel_shuffle) * stride) : 0.f;
+    const bool present = bias && i < conv.cout;
+    to[i] = present ? rounded(to_float(bias, type, source_channel(i, conv.cout, pixel_shuffle) * stride), rounded_to) : 0.f;
   }
 }
 

@@ -40,6 +40,7 @@ struct WeightView {
   const void* data;
   Element type;
   int64_t o, c, h, w;
+  Element rounded_to;  // float32 values are first rounded to it: the type of the pictures
 };
 
 // Bytes of a packed convolution, and its parts laid out in such a buffer (64-byte aligned). Filled by
@@ -52,7 +53,7 @@ PackedConv packed_conv(const Kernel& kernel, int64_t cout, int64_t cin, void* st
 // that the channels of a pixel lie side by side. Runs on torch's threads.
 void pack_weights(const Kernel& kernel, const PackedConv& conv, const WeightView& weight, int64_t channel, int64_t channels,
                   int64_t pixel_shuffle = 1);
-void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, Element type, int64_t stride,
+void pack_bias(const Kernel& kernel, const PackedConv& conv, const void* bias, Element type, int64_t stride, Element rounded_to,
                int64_t pixel_shuffle = 1);
 
 // The rows of an input as a kernel wants them. Where dtype, upsampling or padding of channels forbid reading them in place,

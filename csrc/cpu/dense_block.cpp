@@ -67,7 +67,7 @@ void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optiona
   if (workspace) check_pixel_major(*workspace, x, s.channels, "workspace");
   check_pixel_major(out, x, x.size(1), "out");
   if (residual) check_pixel_major(*residual, x, x.size(1), "residual");
-  check_biases(biases, s, x);
+  check_biases(biases, s, weights);
   if (out.numel() == 0) return;
   prefer_huge_output(out);
   Chain chain = new_chain(s, x, workspace ? Plane(*workspace) : Plane());
@@ -86,7 +86,7 @@ void dense_block_features(Tensor x, std::vector<Tensor> weights, std::vector<std
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
   check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
-  check_biases(biases, s, workspace);
+  check_biases(biases, s, weights);
   if (workspace.numel() == 0) return;
   Chain chain = new_chain(s, x, Plane(workspace));
   fill_prefix(x, chain.buffer, x.size(1), chain.type);
@@ -115,10 +115,12 @@ void pack_backward(Chain& chain, const DenseBlockShape& s, const std::vector<Ten
     stage.conv = packed.take(sizes[j].first, sizes[j].second);
     for (int64_t i = 0; i <= j; ++i) {  // the gradients of convolutions K - 1 .. K - 1 - j, in the buffer's order
       const Tensor& w = weights[convs - 1 - i];
-      const char* at = static_cast<const char*>(w.const_data_ptr()) + (first * w.stride(1) + 2 * w.stride(2) + 2 * w.stride(3)) * chain.size();
-      pack_weights(chain.kernel, stage.conv, {at, chain.type, w.stride(1), w.stride(0), -w.stride(2), -w.stride(3)}, prefix[i], w.size(0));
+      const Element given = element_of(w.scalar_type(), "dense_block");
+      const int64_t at = (first * w.stride(1) + 2 * w.stride(2) + 2 * w.stride(3)) * (given == Element::f32 ? 4 : 2);
+      const WeightView view{static_cast<const char*>(w.const_data_ptr()) + at, given, w.stride(1), w.stride(0), -w.stride(2), -w.stride(3), chain.type};
+      pack_weights(chain.kernel, stage.conv, view, prefix[i], w.size(0));
     }
-    pack_bias(chain.kernel, stage.conv, nullptr, chain.type, 0);
+    pack_bias(chain.kernel, stage.conv, nullptr, chain.type, 0, chain.type);
     stage.inputs = sizes[j].second;
     if (source >= 0) {
       stage.mask = Plane(workspace).from_channel(first, chain.size());
@@ -154,6 +156,10 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
   if (dx) check_pixel_major(*dx, workspace, grad.size(1), "dx");
   STD_TORCH_CHECK(dweights.size() == dbiases.size() && (dweights.empty() || dweights.size() == weights.size()),
                   "dense_block: ", dweights.size(), " and ", dbiases.size(), " gradients for ", weights.size(), " weights");
+  for (size_t k = 0; k < dweights.size(); ++k) {
+    STD_TORCH_CHECK(dweights[k].scalar_type() == weights[k].scalar_type() && dbiases[k].scalar_type() == weights[k].scalar_type(),
+                    "dense_block: the gradients of weight and bias ", k, " have not the weight's dtype");
+  }
   if (workspace.numel() == 0) return;
   Chain chain = new_chain(s, grad, Plane(grad_workspace));
   const float scale = static_cast<float>(residual_scale), factor = static_cast<float>(res_scale);
@@ -174,7 +180,7 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
   for (int64_t k = s.convs() - 1, at = 0; k >= 0; --k) {
     const Plane g = chain.buffer.from_channel(at, chain.size());
     jobs.push_back({{ws.data, ws.n, ws.h, ws.w}, {g.data, g.n, g.h, g.w}, s.begin[k], s.outputs[k],
-                    dweights[k].mutable_data_ptr(), dbiases[k].mutable_data_ptr()});
+                    dweights[k].mutable_data_ptr(), dbiases[k].mutable_data_ptr(), is_wide(weights[k], workspace)});
     at += s.outputs[k];
   }
   weight_gradients(jobs.data(), static_cast<int>(jobs.size()), s.batch, s.height, s.width, chain.type, scale);

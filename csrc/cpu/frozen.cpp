@@ -20,7 +20,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64, "the packed weights behind it are aligned to 64 bytes");
 
-// `type` is that of the weights themselves: a float kernel serves the 16-bit types too.
+// `type` is the one that the values are rounded to: a float kernel serves the 16-bit types too.
 Header header_of(const Kernel& kernel, Element type, const Sizes& sizes, int64_t pixel_shuffle) {
   Header h{kernel.lanes, kernel.vectors, kernel.unit, static_cast<int32_t>(kernel.operand), static_cast<int64_t>(type),
            pixel_shuffle, static_cast<int64_t>(sizes.size()), sizeof(Header), 0, 0};
@@ -32,8 +32,9 @@ Header header_of(const Kernel& kernel, Element type, const Sizes& sizes, int64_t
 }
 
 void fill(const Kernel& kernel, const PackedConv& conv, Element type, const Tensor& w, const std::optional<Tensor>& bias, int64_t pixel_shuffle) {
-  pack_weights(kernel, conv, {w.const_data_ptr(), type, w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, 0, w.size(1), pixel_shuffle);
-  pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, type, bias ? bias->stride(0) : 0, pixel_shuffle);
+  const Element given = element_of(w.scalar_type(), "pack_weights");
+  pack_weights(kernel, conv, {w.const_data_ptr(), given, w.stride(0), w.stride(1), w.stride(2), w.stride(3), type}, 0, w.size(1), pixel_shuffle);
+  pack_bias(kernel, conv, bias ? bias->const_data_ptr() : nullptr, given, bias ? bias->stride(0) : 0, type, pixel_shuffle);
 }
 
 Tensor pack(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, int64_t pixel_shuffle) {

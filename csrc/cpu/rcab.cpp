@@ -24,6 +24,7 @@
 #include "cpu/gate.h"
 #include "cpu/pages.h"
 #include "cpu/plane.h"
+#include "cpu/rounding.h"
 #include "cpu/wgrad.h"
 
 namespace fastsr::cpu {
@@ -80,12 +81,12 @@ void convolve(const Block& b, const Pass& p, int64_t first, int64_t last) {
   convolve(b, p, first, last, [](int64_t, const RowJob&) {});
 }
 
-// A bias, or zeros, as float32.
-std::vector<float> floats_of(const Block& b, const std::optional<Tensor>& bias, int64_t count) {
+// A bias of the pictures' type, or zeros, as float32.
+std::vector<float> floats_of(const Block& b, const void* bias, int64_t count) {
   std::vector<float> values(count, 0.f);
   if (!bias) return values;
   const auto multiply = choose_attention().multiply[static_cast<int>(b.type)];
-  multiply(bias->const_data_ptr(), bias->const_data_ptr(), nullptr, count, 0, values.data());  // the product of no columns, plus the bias
+  multiply(bias, bias, nullptr, count, 0, values.data());  // the product of no columns, plus the bias
   return values;
 }
 
@@ -110,18 +111,27 @@ void sum_rows(const float* rows, int64_t height, int64_t channels, float* sums) 
 }
 
 // pooled[channel] of one image: the mean of conv2's output, from the sums of its input.
-void pool(const Block& b, const float* sums, const Tensor& weight2, const std::vector<float>& bias2, float* pooled) {
+void pool(const Block& b, const float* sums, const void* weight2, bool channels_last, const std::vector<float>& bias2, float* pooled) {
   const int64_t hidden = b.shape.hidden, length = 9 * hidden;
-  const bool channels_last = !weight2.is_contiguous();
   const float part = 1.f / static_cast<float>(b.shape.pixels());
   std::vector<float> means(length);
   for (int64_t i = 0; i < length; ++i) means[channels_last ? i % 9 * hidden + i / 9 : i] = sums[i] * part;
   const auto dots = choose_channel_kernel().dots[static_cast<int>(b.type)];
-  dots(weight2.const_data_ptr(), means.data(), 0, b.shape.features, length, pooled);
+  dots(weight2, means.data(), 0, b.shape.features, length, pooled);
   for (int64_t c = 0; c < b.shape.features; ++c) pooled[c] += bias2[c];
 }
 
-constexpr int64_t kSigmoid = static_cast<int64_t>(Gate::sigmoid), kRelu = static_cast<int64_t>(Activation::relu);
+// The gate, its weights in the pictures' dtype.
+GateWeights gate_of(const Tensor& x, const Tensor& weight1, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
+                    const Tensor& up_weight, const std::optional<Tensor>& up_bias, std::vector<Tensor>& kept) {
+  GateWeights gate = gate_weights("rcab", weight1.scalar_type(), x.size(1), down_weight, down_bias, up_weight, up_bias,
+                                  static_cast<int64_t>(Gate::sigmoid), static_cast<int64_t>(Activation::relu));
+  const ScalarType type = x.scalar_type();
+  gate.type = element_of(type, "rcab");
+  gate.down_weight = values_as(type, down_weight, kept), gate.down_bias = values_as(type, down_bias, kept);
+  gate.up_weight = values_as(type, up_weight, kept), gate.up_bias = values_as(type, up_bias, kept);
+  return gate;
+}
 
 void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2, std::optional<Tensor> bias2, Tensor down_weight,
           std::optional<Tensor> down_bias, Tensor up_weight, std::optional<Tensor> up_bias, Tensor hidden, Tensor sums, Tensor attention,
@@ -132,7 +142,8 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
   check_rcab_bias(bias1, weight1, "bias1");
   check_rcab_bias(bias2, weight2, "bias2");
   check_rcab_dense(weight2, bias2);
-  const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, up_bias, kSigmoid, kRelu);
+  std::vector<Tensor> kept;
+  const GateWeights gate = gate_of(x, weight1, down_weight, down_bias, up_weight, up_bias, kept);
   if (x.numel() == 0) return;
   prefer_huge_output(out);
 
@@ -142,7 +153,8 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
   thread_local Buffer memory;
   float* scales = static_cast<float*>(memory.reserve((batch * padded + together * height * 3 * channels) * 4));
   float *row_sums = scales + batch * padded, *taps = static_cast<float*>(sums.mutable_data_ptr());
-  const std::vector<float> biases = floats_of(b, bias2, features);
+  const std::vector<float> biases = floats_of(b, values_as(x.scalar_type(), bias2, kept), features);
+  const void* filters = values_as(x.scalar_type(), weight2, kept);
   float *pooled = static_cast<float*>(attention.mutable_data_ptr()), *s = pooled + batch * features;
 
   const Pass first{conv1, layout_of(x, b.type), Plane(hidden), {}, {}, 0.f};
@@ -156,7 +168,7 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
     torch::stable::parallel_for(n, end, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         sum_rows(row_sums + (i - n) * height * 3 * channels, height, channels, taps + i * channels * 9);
-        pool(b, taps + i * channels * 9, weight2, biases, pooled + i * features);
+        pool(b, taps + i * channels * 9, filters, !weight2.is_contiguous(), biases, pooled + i * features);
       }
     });
     gate_forward(gate, pooled + n * features, end - n, s + n * features);
@@ -170,9 +182,10 @@ void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2,
 // A convolution's data gradient is the convolution with flipped taps whose inputs and outputs change places.
 PackedConv take_flipped(PackedConvs& convs, const Block& b, const Tensor& w) {
   const PackedConv conv = convs.take(w.size(1), w.size(0));
-  const char* last = static_cast<const char*>(w.const_data_ptr()) + (2 * w.stride(2) + 2 * w.stride(3)) * b.size();
-  pack_weights(b.kernel, conv, {last, b.type, w.stride(1), w.stride(0), -w.stride(2), -w.stride(3)}, 0, w.size(0));
-  pack_bias(b.kernel, conv, nullptr, b.type, 0);
+  const Element given = element_of(w.scalar_type(), "rcab");
+  const char* last = static_cast<const char*>(w.const_data_ptr()) + (2 * w.stride(2) + 2 * w.stride(3)) * (given == Element::f32 ? 4 : 2);
+  pack_weights(b.kernel, conv, {last, given, w.stride(1), w.stride(0), -w.stride(2), -w.stride(3), b.type}, 0, w.size(0));
+  pack_bias(b.kernel, conv, nullptr, b.type, 0, b.type);
   return conv;
 }
 
@@ -213,7 +226,9 @@ void attention_backward(const Block& b, Attention& a, const GateWeights& gate, c
   const auto [batch, features, channels, height, width] = b.shape;
   const int64_t length = 9 * channels, size = b.size();
   const int64_t together = std::min(batch, std::max<int64_t>(2 * torch::stable::get_num_threads(), kGradients / (features * length * 4)));
-  const std::vector<float> biases = floats_of(b, bias2, features);
+  std::vector<Tensor> kept;
+  const std::vector<float> biases = floats_of(b, values_as(grad.scalar_type(), bias2, kept), features);
+  const void* filters = values_as(grad.scalar_type(), weight2, kept);
   const GateTape tape(gate, batch, a.tape.data());
   Tensor memory = torch::stable::new_empty(grad, {together, features, length + 1}, ScalarType::Float);
   float *all = static_cast<float*>(memory.mutable_data_ptr()), *sums = all + together * features * length;
@@ -232,7 +247,7 @@ void attention_backward(const Block& b, Attention& a, const GateWeights& gate, c
       const float* of_image = all + i * features * length;
       float *scales = a.scales + (n + i) * features, *shifts = a.shifts + (n + i) * features;
       for (int64_t c = 0; c < features; ++c) {
-        const double product = dot(b.type, weight2.const_data_ptr(), of_image, c * length, length);
+        const double product = dot(b.type, filters, of_image, c * length, length);
         ds[c] = static_cast<float>(res_scale * (product + static_cast<double>(biases[c]) * sums[i * features + c]));
       }
       const float* s = a.s + (n + i) * features;
@@ -259,7 +274,8 @@ void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor att
   check_rcab_pixels(grad, x, features, "grad");
   check_rcab_backward(x, b.shape, weight2, bias2, grad_hidden, dx, gradients);
   if (x.numel() == 0) return;
-  const GateWeights gate = gate_weights("rcab", x.scalar_type(), features, down_weight, down_bias, up_weight, std::nullopt, kSigmoid, kRelu);
+  std::vector<Tensor> kept;
+  const GateWeights gate = gate_of(x, weight1, down_weight, down_bias, up_weight, std::nullopt, kept);
 
   std::vector<float> factors(2 * batch * features);
   Attention a;
@@ -284,13 +300,15 @@ void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor att
   if (gradients.empty()) return;
   void* to[8];
   for (int i = 0; i < 8; ++i) to[i] = gradients[i].mutable_data_ptr();
-  const WeightGradient job{view_of(x), view_of(grad_hidden), features, channels, to[0], to[1]};
+  const WeightGradient job{view_of(x), view_of(grad_hidden), features, channels, to[0], to[1], is_wide(weight1, x)};
   weight_gradients(&job, 1, batch, height, width, b.type, 1.f);
   const float one = 1.f;
-  const auto outer = choose_attention().outer[static_cast<int>(b.type)];
+  GateWeights results = gate;  // gradients have the parameters' dtype
+  results.type = element_of(weight1.scalar_type(), "rcab");
+  const auto outer = choose_attention().outer[static_cast<int>(results.type)];
   outer(&one, a.dweight2.data(), 1, 1, features * channels * 9, to[2], nullptr);
   outer(&one, a.dbias2.data(), 1, 1, features, to[3], nullptr);
-  gate_weight_gradients(gate, GateTape(gate, batch, a.tape.data()), batch, a.pooled, {to[4], to[5], to[6], to[7]});
+  gate_weight_gradients(results, GateTape(gate, batch, a.tape.data()), batch, a.pooled, {to[4], to[5], to[6], to[7]});
 }
 
 }  // namespace

@@ -18,7 +18,6 @@ void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const s
   Conv3x3Call<T> call{};
   call.x = image_view<T>(x);
   call.out = mutable_image_view<T>(out);
-  if (bias) call.bias = static_cast<const T*>(bias->const_data_ptr()), call.bias_stride = bias->stride(0);
   if (residual) call.skip = image_view<T>(*residual);
   call.batch = args.batch;
   call.cin = checked_int(args.cin, kOp, "the number of input channels"), call.cout = checked_int(args.cout, kOp, "the number of output channels");
@@ -28,10 +27,10 @@ void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const s
 
   const Launcher launch(x);
   // From torch's allocator on the current stream: safe across streams and under graph capture.
-  Tensor packed = torch::stable::new_empty(x, {packed_layout<ExactProducts<T>>(call.cout).template size<T>(call.cin)});
-  pack_and_convolve<ExactProducts<T>>(launch, call, static_cast<const T*>(weight.const_data_ptr()),
-                                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-                                 static_cast<T*>(packed.mutable_data_ptr()));
+  Tensor packed = torch::stable::new_empty(x, {packed_size<ExactProducts<T>>(call, is_wide(weight, x))});
+  pack_and_convolve<ExactProducts<T>>(launch, call, parameter<T>(weight, x),
+                                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}, parameter<T>(bias, x),
+                                 bias ? bias->stride(0) : 0, static_cast<T*>(packed.mutable_data_ptr()));
 }
 
 void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

@@ -244,13 +244,27 @@ void convolve(const Launch& launch, const Conv3x3Call<T>& call) {
   convolve_into<Products>(launch, call, MakeNoSink{});
 }
 
-// Packs the weights into a buffer of packed_layout's size and convolves.
+// Elements of the buffer that pack_and_convolve fills.
+template <class Products, class T>
+int64_t packed_size(const Conv3x3Call<T>& call, bool wide) {
+  return packed_layout<Products>(call.cout).template size<T>(call.cin) + (wide ? call.cout : 0);
+}
+
+// Packs the weights into `packed` and convolves. A wide bias is packed too; call.bias is not looked at.
 template <class Products, class T, class Launch>
-void pack_and_convolve(const Launch& launch, Conv3x3Call<T> call, const T* weight, const WeightStrides& strides, T* packed) {
+void pack_and_convolve(const Launch& launch, Conv3x3Call<T> call, const Parameter<T>& weight, const WeightStrides& strides,
+                       const Parameter<T>& bias, int64_t bias_stride, T* packed) {
   if (call.batch == 0) return;
   const int span = (call.cin + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
-  pack_weights<T>(launch, {{weight, strides, 0, packed_layout<Products>(call.cout), 0, call.cin, span, call.cout, call.pixel_shuffle, 0}},
-                  packed);
+  const PackedLayout layout = packed_layout<Products>(call.cout);
+  std::vector<PackPart<T>> parts{{weight, strides, 0, layout, 0, call.cin, span, call.cout, call.pixel_shuffle, 0}};
+  call.bias = static_cast<const T*>(bias.data), call.bias_stride = bias_stride;
+  if (bias.data && bias.wide) {
+    const int64_t offset = layout.template size<T>(call.cin);
+    parts.push_back(copied(bias, bias_stride, call.cout, offset));
+    call.bias = packed + offset, call.bias_stride = 1;
+  }
+  pack_weights<T>(launch, parts, packed);
   call.packed = packed;
   convolve<Products>(launch, call);
 }

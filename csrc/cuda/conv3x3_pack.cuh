@@ -1,13 +1,15 @@
 // Weights in the order that the convolution's engine reads them: [chunk][tap][column][kChunk], zeros behind the last of either.
 //
 // The input channels of one convolution may come from several weights side by side (a dense block's data gradient), and a launch
-// packs several convolutions: a thread per packed element, a range of blocks per part.
+// packs several convolutions: a thread per packed element, a range of blocks per part. Under autocast this is where float32 weights
+// are rounded, and so are biases and other vectors that kernels read in the element type: they are parts too, copied as they lie.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/conv3x3_engine.cuh"
+#include "cuda/parameter.cuh"
 
 namespace fastsr::cuda {
 
@@ -25,10 +27,10 @@ struct PackedLayout {
   }
 };
 
-// A range of one convolution's input channels.
+// A range of one convolution's input channels; or, without columns, `span` values with the stride `out`.
 template <class T>
 struct PackPart {
-  const T* weight;        // at output 0, tap (0, 0) and the range's first input channel
+  Parameter<T> weight;    // at output 0, tap (0, 0) and the range's first input channel
   WeightStrides strides;
   int64_t offset;         // of the convolution in the buffer
   PackedLayout layout;
@@ -54,6 +56,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_conv_weights(const __grid_c
   const PackPart<T>& part = all.parts[number];
   const int columns = part.layout.columns;
   const int64_t index = static_cast<int64_t>(blockIdx.x - part.first_block) * kPackThreads + threadIdx.x;
+  if (columns == 0) {
+    if (index < part.span) packed[part.offset + index] = part.weight[index * part.strides.out];
+    return;
+  }
   if (index >= static_cast<int64_t>(part.span) * kTaps * columns) return;
   const int within = static_cast<int>(index % part.span), channel = part.channel + within;  // channels fastest: whole runs are written
   const int row = static_cast<int>(index / part.span), tap = row / columns, column = row % columns;
@@ -67,6 +73,12 @@ __global__ void __launch_bounds__(kPackThreads) pack_conv_weights(const __grid_c
   packed[part.offset + ((chunk * kTaps + tap) * columns + column) * kChunk<T> + channel % kChunk<T>] = value;
 }
 
+// A vector copied to `offset`.
+template <class T>
+PackPart<T> copied(const Parameter<T>& values, int64_t stride, int count, int64_t offset) {
+  return {values, {stride, 0, 0, 0}, offset, {0, 0, 0}, 0, 0, count, 0, 1, 0};
+}
+
 // Packs all parts into `packed`, kPackParts in a launch.
 template <class T, class Launch>
 void pack_weights(const Launch& launch, const std::vector<PackPart<T>>& parts, T* packed) {
@@ -77,7 +89,8 @@ void pack_weights(const Launch& launch, const std::vector<PackPart<T>>& parts, T
     for (int i = 0; i < some.count; ++i) {
       PackPart<T>& part = some.parts[i] = parts[first + i];
       part.first_block = static_cast<int>(blocks);
-      blocks += (static_cast<int64_t>(part.span) * kTaps * part.layout.columns + kPackThreads - 1) / kPackThreads;
+      const int64_t threads = part.layout.columns ? static_cast<int64_t>(part.span) * kTaps * part.layout.columns : part.span;
+      blocks += (threads + kPackThreads - 1) / kPackThreads;
     }
     launch(pack_conv_weights<T>, blocks, kPackThreads, 0, some, packed);
   }

@@ -20,17 +20,18 @@ using Biases = std::vector<std::optional<Tensor>>;
 const char* const kOp = "dense_block";
 
 template <class T>
-DenseBlock<T> describe(const DenseBlockShape& s, const std::vector<Tensor>& weights, const Biases& biases, double negative_slope) {
+DenseBlock<T> describe(const DenseBlockShape& s, const Tensor& like, const std::vector<Tensor>& weights, const Biases& biases,
+                       double negative_slope) {
   const int height = checked_int(s.height, kOp, "the height"), width = checked_int(s.width, kOp, "the width");
   DenseBlock<T> block{s.batch, height, width, static_cast<float>(negative_slope), {}};
   checked_int(s.channels + s.begin.front(), kOp, "the number of channels");
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& w = weights[k];
     DenseConv<T> conv{};
-    conv.weight = static_cast<const T*>(w.const_data_ptr());
+    conv.weight = parameter<T>(w, like);
     conv.weight_strides = {w.stride(0), w.stride(1), w.stride(2), w.stride(3)};
     if (k < biases.size() && biases[k]) {
-      conv.bias = static_cast<const T*>(biases[k]->const_data_ptr()), conv.bias_stride = biases[k]->stride(0);
+      conv.bias = parameter<T>(biases[k], like), conv.bias_stride = biases[k]->stride(0);
     }
     conv.begin = static_cast<int>(s.begin[k]), conv.outputs = static_cast<int>(s.outputs[k]);
     block.convs.push_back(conv);
@@ -48,13 +49,13 @@ void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::opti
   check_pixel_major(x, workspace, x.size(1), "x");
   check_pixel_major(out, workspace, x.size(1), "out");
   if (residual) check_pixel_major(*residual, workspace, x.size(1), "residual");
-  check_biases(biases, s, workspace);
+  check_biases(biases, s, weights);
   if (out.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
   with_element_type(workspace, kOp, [&]<class T>(T) {
     const float scale = residual ? static_cast<float>(residual_scale) : 1.0f;
-    block_forward<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), image_view<T>(x),
+    block_forward<T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
                            residual ? image_view<T>(*residual) : ImageView<const T>{}, mutable_image_view<T>(workspace), mutable_image_view<T>(out),
                            static_cast<float>(res_scale), scale);
   });
@@ -64,12 +65,12 @@ void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, 
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
   check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
-  check_biases(biases, s, workspace);
+  check_biases(biases, s, weights);
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
   with_element_type(workspace, kOp, [&]<class T>(T) {
-    block_features<T>(launch, allocate, describe<T>(s, weights, biases, negative_slope), image_view<T>(x),
+    block_features<T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
                             checked_int(x.size(1), kOp, "the number of features"), mutable_image_view<T>(workspace));
   });
 }
@@ -86,19 +87,19 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
                   dweights.size(), " and ", dbiases.size(), " gradients for ", weights.size(), " weights");
   for (size_t k = 0; k < dweights.size(); ++k) {
     STD_TORCH_CHECK(dweights[k].is_contiguous() && dweights[k].numel() == weights[k].numel() && dbiases[k].is_contiguous() &&
-                        dbiases[k].numel() == s.outputs[k] && dweights[k].scalar_type() == workspace.scalar_type() &&
-                        dbiases[k].scalar_type() == workspace.scalar_type(),
+                        dbiases[k].numel() == s.outputs[k] && dweights[k].scalar_type() == weights[k].scalar_type() &&
+                        dbiases[k].scalar_type() == weights[k].scalar_type(),
                     "dense_block: the gradients of weight and bias ", k, " do not fit; expected contiguous tensors like them");
   }
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
   with_element_type(workspace, kOp, [&]<class T>(T) {
-    std::vector<std::pair<T*, T*>> gradients;
+    std::vector<std::pair<void*, void*>> gradients;
     for (size_t k = 0; k < dweights.size(); ++k) {
-      gradients.emplace_back(static_cast<T*>(dweights[k].mutable_data_ptr()), static_cast<T*>(dbiases[k].mutable_data_ptr()));
+      gradients.emplace_back(dweights[k].mutable_data_ptr(), dbiases[k].mutable_data_ptr());
     }
-    block_backward<T>(launch, allocate, describe<T>(s, weights, {}, negative_slope), image_view<T>(grad), image_view<T>(workspace),
+    block_backward<T>(launch, allocate, describe<T>(s, workspace, weights, {}, negative_slope), image_view<T>(grad), image_view<T>(workspace),
                             mutable_image_view<T>(grad_workspace), dx ? mutable_image_view<T>(*dx) : ImageView<T>{}, gradients,
                             static_cast<float>(res_scale), static_cast<float>(residual_scale));
   });

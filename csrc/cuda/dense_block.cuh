@@ -35,9 +35,9 @@ namespace fastsr::cuda {
 
 template <class T>
 struct DenseConv {
-  const T* weight;
+  Parameter<T> weight;
   WeightStrides weight_strides;
-  const T* bias;  // may be null; the backward does not look at it
+  Parameter<T> bias;  // may be null; the backward does not look at it
   int64_t bias_stride;
   int begin, outputs;  // it reads the workspace's first `begin` channels and adds `outputs`
 };
@@ -48,6 +48,7 @@ struct DenseBlock {
   int height, width;
   float negative_slope;
   std::vector<DenseConv<T>> convs;
+  bool wide() const { return !convs.empty() && convs.front().weight.wide; }
 };
 
 // Convolutions over prefixes of one buffer, each writing what a later one reads.
@@ -66,6 +67,7 @@ class DenseChain {
   Conv3x3Call<T>& add(int inputs, int outputs) {
     const PackedLayout layout = packed_layout<ExactProducts<T>>(outputs);
     offsets_.push_back(packed_size_);
+    bias_offsets_.push_back(-1);
     packed_size_ += layout.template size<T>(inputs);
     Conv3x3Call<T> call{};
     call.x = {buffer_.data, buffer_.strides};
@@ -77,11 +79,21 @@ class DenseChain {
   }
 
   // Weights of the latest convolution for its input channels from `first` on.
-  void add_weights(const T* weight, const WeightStrides& strides, int first, int channels) {
+  void add_weights(const Parameter<T>& weight, const WeightStrides& strides, int first, int channels) {
     const Conv3x3Call<T>& call = calls_.back();
     const int end = first + channels, whole = (end + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
     parts_.push_back({weight, strides, offsets_.back(), packed_layout<ExactProducts<T>>(call.cout), first, channels,
                       (end == call.cin ? whole : end) - first, call.cout, 1, 0});
+  }
+
+  // The latest convolution's bias.
+  void add_bias(const DenseConv<T>& conv) {
+    Conv3x3Call<T>& call = calls_.back();
+    call.bias = static_cast<const T*>(conv.bias.data), call.bias_stride = conv.bias_stride;
+    if (!conv.bias.data || !conv.bias.wide) return;
+    bias_offsets_.back() = packed_size_;
+    parts_.push_back(copied(conv.bias, conv.bias_stride, call.cout, packed_size_));
+    packed_size_ += (call.cout + kChunk<T> - 1) / kChunk<T> * kChunk<T>;  // weights begin at 16 bytes
   }
 
   // launch and allocate as for weight_gradients.
@@ -91,6 +103,7 @@ class DenseChain {
     pack_weights(launch, parts_, packed);
     for (size_t k = 0; k < calls_.size(); ++k) {
       calls_[k].packed = packed + offsets_[k];
+      if (bias_offsets_[k] >= 0) calls_[k].bias = packed + bias_offsets_[k], calls_[k].bias_stride = 1;
       convolve<ExactProducts<T>>(launch, std::as_const(calls_[k]));
     }
   }
@@ -99,7 +112,7 @@ class DenseChain {
   const DenseBlock<T>& block_;
   ImageView<T> buffer_;
   std::vector<Conv3x3Call<T>> calls_;
-  std::vector<int64_t> offsets_;  // of their packed weights
+  std::vector<int64_t> offsets_, bias_offsets_;  // of their packed weights and biases; -1 for a bias that is read where it lies
   std::vector<PackPart<T>> parts_;
   int64_t packed_size_ = 0;
 };
@@ -115,9 +128,9 @@ void add_growths(DenseChain<T>& chain, const DenseBlock<T>& block, ImageView<T> 
   for (size_t k = 0; k < count; ++k) {
     const DenseConv<T>& conv = block.convs[k];
     Conv3x3Call<T>& call = chain.add(conv.begin, conv.outputs);
-    call.bias = conv.bias, call.bias_stride = conv.bias_stride;
     call.out = from_channel(workspace, conv.begin);
     call.negative_slope = block.negative_slope;
+    chain.add_bias(conv);
     chain.add_weights(conv.weight, conv.weight_strides, 0, conv.begin);
   }
 }
@@ -141,7 +154,7 @@ void block_forward(const Launch& launch, const Allocate& allocate, const DenseBl
   chain.fill(launch, x, last.outputs, 1.0f);
   add_growths(chain, block, workspace, block.convs.size() - 1);
   Conv3x3Call<T>& call = chain.add(last.begin, last.outputs);
-  call.bias = last.bias, call.bias_stride = last.bias_stride;
+  chain.add_bias(last);
   call.skip = {workspace.data, workspace.strides}, call.skip2 = residual;
   call.out = out;
   call.scale = res_scale, call.scale2 = residual_scale;
@@ -150,11 +163,11 @@ void block_forward(const Launch& launch, const Allocate& allocate, const DenseBl
 }
 
 // Steps 4 to 7. All is linear in grad: residual_scale comes in at the end. dx.data may be null; `gradients` holds dweight and dbias
-// of every convolution, or nothing.
+// of every convolution, in the weights' type, or nothing.
 template <class T, class Launch, class Allocate>
 void block_backward(const Launch& launch, const Allocate& allocate, const DenseBlock<T>& block, ImageView<const T> grad,
                           ImageView<const T> workspace, ImageView<T> grad_workspace, ImageView<T> dx,
-                          const std::vector<std::pair<T*, T*>>& gradients, float res_scale, float residual_scale) {
+                          const std::vector<std::pair<void*, void*>>& gradients, float res_scale, float residual_scale) {
   const int count = static_cast<int>(block.convs.size());
   std::vector<int> first(count + 1, 0);  // channel of each convolution's gradient; they lie last to first
   for (int k = count - 1, channel = 0; k >= 0; --k) first[k] = channel, channel += block.convs[k].outputs;
@@ -168,7 +181,7 @@ void block_backward(const Launch& launch, const Allocate& allocate, const DenseB
     for (int later = count - 1; later >= k; --later) {
       const DenseConv<T>& conv = block.convs[later];
       const WeightStrides& s = conv.weight_strides;
-      chain.add_weights(conv.weight + begin * s.in + 2 * s.row + 2 * s.column, {s.in, s.out, -s.row, -s.column}, first[later],
+      chain.add_weights(conv.weight.from(begin * s.in + 2 * s.row + 2 * s.column), {s.in, s.out, -s.row, -s.column}, first[later],
                         conv.outputs);
     }
     if (k) {
@@ -186,7 +199,8 @@ void block_backward(const Launch& launch, const Allocate& allocate, const DenseB
     const auto& [dweight, dbias] = gradients[k];
     convs.push_back({grad_workspace.data + first[k], dweight, dbias, block.convs[k].begin, block.convs[k].outputs, false, 0});
   }
-  weight_gradients<T>(launch, allocate, workspace, grad_workspace.strides, block.batch, block.height, block.width, residual_scale, convs);
+  weight_gradients<T>(launch, allocate, workspace, grad_workspace.strides, block.batch, block.height, block.width, residual_scale, convs,
+                      block.wide());
 }
 
 }  // namespace fastsr::cuda

@@ -21,21 +21,22 @@ using Given = std::optional<Tensor>;
 const char* const kOp = "rcab";
 
 template <class T>
-RcabConv<T> conv_of(const Tensor& w, const Given& bias) {
-  RcabConv<T> conv{static_cast<const T*>(w.const_data_ptr()), {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, nullptr, 0,
-                   static_cast<int>(w.size(1)), static_cast<int>(w.size(0))};
-  if (bias) conv.bias = static_cast<const T*>(bias->const_data_ptr()), conv.bias_stride = bias->stride(0);
-  return conv;
+RcabConv<T> conv_of(const Tensor& x, const Tensor& w, const Given& bias) {
+  return {parameter<T>(w, x), {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, parameter<T>(bias, x), bias ? bias->stride(0) : 0,
+          static_cast<int>(w.size(1)), static_cast<int>(w.size(0))};
 }
 
 template <class T>
-RcabCall<T> call_of(const RcabShape& s, const Tensor& weight1, const Given& bias1, const Tensor& weight2, const Given& bias2,
+RcabCall<T> call_of(const RcabShape& s, const Tensor& x, const Tensor& weight1, const Given& bias1, const Tensor& weight2, const Given& bias2,
                     const Tensor& down_weight, const Given& down_bias, const Tensor& up_weight, const Given& up_bias, double res_scale) {
   checked_int(s.features * 9, kOp, "nine times the number of channels"), checked_int(s.hidden * 9, kOp, "nine times the hidden channels");
-  const GateCall<T> gate = gate_call<T>(kOp, weight1.scalar_type(), s.features, down_weight, down_bias, up_weight, up_bias,
+  GateCall<T> gate = gate_call<T>(kOp, weight1.scalar_type(), s.features, down_weight, down_bias, up_weight, up_bias,
                                         static_cast<int64_t>(Gate::sigmoid), static_cast<int64_t>(Activation::relu));
-  return {s.batch, checked_int(s.height, kOp, "the height"), checked_int(s.width, kOp, "the width"), conv_of<T>(weight1, bias1),
-          conv_of<T>(weight2, bias2), gate, static_cast<float>(res_scale)};
+  if (is_wide(weight1, x)) gate.down_weight = gate.down_bias = gate.up_weight = gate.up_bias = nullptr;
+  return {s.batch, checked_int(s.height, kOp, "the height"), checked_int(s.width, kOp, "the width"), conv_of<T>(x, weight1, bias1),
+          conv_of<T>(x, weight2, bias2), gate,
+          {parameter<T>(down_weight, x), parameter<T>(down_bias, x), parameter<T>(up_weight, x), parameter<T>(up_bias, x)},
+          static_cast<float>(res_scale)};
 }
 
 RcabVectors vectors_of(const RcabShape& s, const Tensor& sums, const Tensor& attention) {
@@ -55,7 +56,7 @@ void rcab(Tensor x, Tensor weight1, Given bias1, Tensor weight2, Given bias2, Te
   const Launcher launch(x);
   const Scratch allocate(x);
   with_element_type(x, kOp, [&]<class T>(T) {
-    const RcabCall<T> call = call_of<T>(s, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias, res_scale);
+    const RcabCall<T> call = call_of<T>(s, x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias, res_scale);
     Rcab(launch, allocate, call)
         .forward(image_view<T>(x), mutable_image_view<T>(hidden), vectors_of(s, sums, attention), mutable_image_view<T>(out));
   });
@@ -71,9 +72,9 @@ void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor att
   const Launcher launch(x);
   const Scratch allocate(x);
   with_element_type(x, kOp, [&]<class T>(T) {
-    const RcabCall<T> call = call_of<T>(s, weight1, std::nullopt, weight2, bias2, down_weight, down_bias, up_weight, std::nullopt, res_scale);
-    std::array<T*, 8> to{};
-    for (size_t i = 0; i < gradients.size(); ++i) to[i] = static_cast<T*>(gradients[i].mutable_data_ptr());
+    const RcabCall<T> call = call_of<T>(s, x, weight1, std::nullopt, weight2, bias2, down_weight, down_bias, up_weight, std::nullopt, res_scale);
+    std::array<void*, 8> to{};
+    for (size_t i = 0; i < gradients.size(); ++i) to[i] = gradients[i].mutable_data_ptr();
     Rcab(launch, allocate, call)
         .backward(image_view<T>(grad), image_view<T>(x), image_view<T>(hidden), vectors_of(s, sums, attention),
                   mutable_image_view<T>(grad_hidden), dx ? mutable_image_view<T>(*dx) : ImageView<T>{},

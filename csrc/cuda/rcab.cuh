@@ -46,9 +46,9 @@ constexpr int kPoolThreads = 256;
 // A convolution of the block; bias may be null.
 template <class T>
 struct RcabConv {
-  const T* weight;
+  Parameter<T> weight;
   WeightStrides strides;
-  const T* bias;
+  Parameter<T> bias;
   int64_t bias_stride;
   int cin, cout;
 };
@@ -58,10 +58,12 @@ struct RcabCall {
   int64_t batch;
   int height, width;
   RcabConv<T> first, second;  // the second's filters lie end to end, its bias is contiguous
-  GateCall<T> gate;
+  GateCall<T> gate;           // where the parameters are wide, without them:
+  Parameter<T> gate_parameters[4];  // down_weight, down_bias, up_weight, up_bias
   float res_scale;
   int64_t image_bytes = kImageBytes;
   int64_t pixels() const { return static_cast<int64_t>(height) * width; }
+  bool wide() const { return first.weight.wide; }
 };
 
 // What the forward leaves beside the pictures.
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int lane = threadIdx.x % 32, length = conv.cin * kTaps;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
   if (index >= images * conv.cout) return;  // whole warps
-  const T* filter = conv.weight + index % conv.cout * conv.strides.out;
+  const Parameter<T> filter = conv.weight.from(index % conv.cout * conv.strides.out);
   const float* sums = tap_sums + index / conv.cout * length;
   const bool taps_outside = conv.strides.in == 1;  // channels-last: memory's order is tap, input
   float sum = 0.0f;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  if (lane == 0) pooled[index] = sum / pixels + bias_at(conv.bias, static_cast<int>(index % conv.cout));
+  if (lane == 0) pooled[index] = sum / pixels + (conv.bias.data ? to_float(conv.bias[index % conv.cout]) : 0.0f);
 }
 
 // The launches of one call. launch and allocate as for weight_gradients.
@@ -99,8 +101,8 @@ class Rcab {
 
   // Steps 1 to 5 of the operator.
   void forward(ImageView<const T> x, ImageView<T> hidden, const RcabVectors& v, ImageView<T> out) const {
-    auto calls = packed(b_.first, b_.second);
-    Conv3x3Call<T>&first = calls.first, &second = calls.second;
+    Packed parameters = packed(b_.first, b_.second);
+    Conv3x3Call<T>&first = parameters.one, &second = parameters.other;
     first.x = x, first.out = hidden, first.negative_slope = 0.0f;
     convolve_and_sum<Products>(launch_, allocate_, first, v.tap_sums);
 
@@ -109,7 +111,7 @@ class Rcab {
             static_cast<float>(b_.pixels()), v.pooled);
     GateVectors gate{};
     gate.pooled = v.pooled, gate.gates = v.gates, gate.z = floats(b_.batch * b_.gate.squeezed);
-    launch_(gate_images<T, false>, b_.batch, kGateThreads, 0, b_.gate, v.pooled, 1, 1.0f, 1.0f, gate);
+    launch_(gate_images<T, false>, b_.batch, kGateThreads, 0, parameters.gate, v.pooled, 1, 1.0f, 1.0f, gate);
 
     second.x = constant(hidden), second.skip = x, second.out = out;
     second.scale = b_.res_scale, second.factors = v.gates;
@@ -118,11 +120,12 @@ class Rcab {
 
   // Steps 6 to 9. dx.data may be null; `gradients` are those of the eight parameters, or null.
   void backward(ImageView<const T> grad, ImageView<const T> x, ImageView<const T> hidden, const RcabVectors& v, ImageView<T> grad_hidden,
-                ImageView<T> dx, T* const* gradients) const {
+                ImageView<T> dx, void* const* gradients) const {
+    Packed parameters = packed(flipped(b_.second), flipped(b_.first));
     const int features = b_.second.cout, channels = b_.second.cin;
     GateVectors gate{v.pooled, v.gates, floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features),
                      floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features)};
-    gate_gradients(grad, hidden, v, gate, gradients);
+    gate_gradients(grad, hidden, v, parameters.gate, gate, gradients);
     auto du = dx;
     if (!du.data) {
       const int64_t row = static_cast<int64_t>(b_.width) * features;
@@ -130,8 +133,7 @@ class Rcab {
     }
     scale_channels(launch_, grad, du, b_.batch, b_.height, b_.width, features, {b_.res_scale, v.gates, gate.shifts});
 
-    auto calls = packed(flipped(b_.second), flipped(b_.first));
-    Conv3x3Call<T>&second = calls.first, &first = calls.second;
+    Conv3x3Call<T>&second = parameters.one, &first = parameters.other;
     second.x = constant(du), second.mask = hidden, second.negative_slope = 0.0f, second.out = grad_hidden;
     convolve<Products>(launch_, std::as_const(second));
     if (dx.data) {
@@ -140,12 +142,15 @@ class Rcab {
     }
     if (!gradients) return;
     weight_gradients<T>(launch_, allocate_, x, grad_hidden.strides, b_.batch, b_.height, b_.width, 1.0f,
-                        {{grad_hidden.data, gradients[0], gradients[1], features, channels, false, 0}});
-    const OuterProduct<T> up{gate.dv, gate.z, features, b_.gate.squeezed, gradients[6], gradients[7]};
-    const OuterProduct<T> down{gate.du, v.pooled, b_.gate.squeezed, features, gradients[4], gradients[5]};
-    void (*outer)(OuterProduct<T>, OuterProduct<T>, int64_t) = weight_gradients<T>;
-    const int64_t elements = 2LL * features * b_.gate.squeezed;
-    launch_(outer, (elements + kOuterThreads - 1) / kOuterThreads, kOuterThreads, 0, up, down, b_.batch);
+                        {{grad_hidden.data, gradients[0], gradients[1], features, channels, false, 0}}, b_.wide());
+    with_gradient_type<T>(b_.wide(), [&]<class W>(W) {
+      const auto at = [&](int i) { return static_cast<W*>(gradients[i]); };
+      const OuterProduct<W> up{gate.dv, gate.z, features, b_.gate.squeezed, at(6), at(7)};
+      const OuterProduct<W> down{gate.du, v.pooled, b_.gate.squeezed, features, at(4), at(5)};
+      void (*outer)(OuterProduct<W>, OuterProduct<W>, int64_t) = weight_gradients<W>;
+      const int64_t elements = 2LL * features * b_.gate.squeezed;
+      launch_(outer, (elements + kOuterThreads - 1) / kOuterThreads, kOuterThreads, 0, up, down, b_.batch);
+    });
   }
 
  private:
@@ -155,11 +160,17 @@ class Rcab {
   // The transposed convolution.
   static RcabConv<T> flipped(const RcabConv<T>& conv) {
     const WeightStrides& s = conv.strides;
-    return {conv.weight + 2 * s.row + 2 * s.column, {s.in, s.out, -s.row, -s.column}, nullptr, 0, conv.cout, conv.cin};
+    return {conv.weight.from(2 * s.row + 2 * s.column), {s.in, s.out, -s.row, -s.column}, {}, 0, conv.cout, conv.cin};
   }
 
-  // Both convolutions with their weights, packed in one launch; inputs and outputs are left to the caller.
-  std::pair<Conv3x3Call<T>, Conv3x3Call<T>> packed(const RcabConv<T>& one, const RcabConv<T>& other) const {
+  // Both convolutions with their weights; inputs and outputs are left to the caller. And the gate.
+  struct Packed {
+    Conv3x3Call<T> one, other;
+    GateCall<T> gate;
+  };
+
+  // All in one launch, which also rounds what the kernels read as T where the parameters are wide.
+  Packed packed(const RcabConv<T>& one, const RcabConv<T>& other) const {
     std::vector<PackPart<T>> parts;
     int64_t size = 0;
     for (const RcabConv<T>* conv : {&one, &other}) {
@@ -168,14 +179,34 @@ class Rcab {
       parts.push_back({conv->weight, conv->strides, size, layout, 0, conv->cin, span, conv->cout, 1, 0});
       size += layout.template size<T>(conv->cin);
     }
+    const int64_t second = parts[1].offset, f = b_.second.cout, r = b_.gate.squeezed;
+    const auto& gate = b_.gate_parameters;
+    struct Vector {
+      Parameter<T> values;
+      int64_t stride, count;
+    };
+    const Vector vectors[] = {{one.bias, one.bias_stride, one.cout}, {other.bias, other.bias_stride, other.cout},
+                              {gate[0], 1, r * f}, {gate[1], 1, r}, {gate[2], 1, r * f}, {gate[3], 1, f}};
+    int64_t offsets[6];
+    for (int i = 0; i < 6; ++i) {
+      offsets[i] = vectors[i].values.data && vectors[i].values.wide ? size : -1;
+      if (offsets[i] < 0) continue;
+      parts.push_back(copied(vectors[i].values, vectors[i].stride, static_cast<int>(vectors[i].count), size));
+      size += vectors[i].count;
+    }
     T* memory = static_cast<T*>(allocate_(size * static_cast<int64_t>(sizeof(T))));
     pack_weights(launch_, parts, memory);
-    return {described(one, memory), described(other, memory + parts[1].offset)};
+    const auto at = [&](int i) { return offsets[i] < 0 ? static_cast<const T*>(vectors[i].values.data) : memory + offsets[i]; };
+    Packed all{described(one, memory), described(other, memory + second), b_.gate};
+    all.one.bias = at(0), all.one.bias_stride = offsets[0] < 0 ? one.bias_stride : 1;
+    all.other.bias = at(1), all.other.bias_stride = offsets[1] < 0 ? other.bias_stride : 1;
+    if (b_.wide()) all.gate.down_weight = at(2), all.gate.down_bias = at(3), all.gate.up_weight = at(4), all.gate.up_bias = at(5);
+    return all;
   }
 
   Conv3x3Call<T> described(const RcabConv<T>& conv, const T* weights) const {
     Conv3x3Call<T> call{};
-    call.packed = weights, call.bias = conv.bias, call.bias_stride = conv.bias_stride;
+    call.packed = weights;
     call.batch = b_.batch, call.height = b_.height, call.width = b_.width;
     call.cin = conv.cin, call.cout = conv.cout;
     call.upsample = call.pixel_shuffle = 1;
@@ -184,7 +215,8 @@ class Rcab {
   }
 
   // Fills gate's dv, du, z and shifts, and unless null dweight2 and dbias2.
-  void gate_gradients(ImageView<const T> grad, ImageView<const T> hidden, const RcabVectors& v, const GateVectors& gate, T* const* gradients) const {
+  void gate_gradients(ImageView<const T> grad, ImageView<const T> hidden, const RcabVectors& v, const GateCall<T>& parameters,
+                      const GateVectors& gate, void* const* gradients) const {
     const int features = b_.second.cout, channels = b_.second.cin, length = channels * kTaps;
     const int64_t together = std::clamp<int64_t>(b_.image_bytes / (8LL * features * length), 1, b_.batch);
     float *of_images = floats(together * features * length), *grad_sums = floats(together * features), *ds = floats(together * features);
@@ -202,13 +234,16 @@ class Rcab {
               grad_sums, ds);
       const int64_t at = n * features, squeezed = n * b_.gate.squeezed;
       const GateVectors some{gate.pooled + at, gate.gates + at, gate.z + squeezed, gate.dv + at, gate.du + squeezed, gate.shifts + at};
-      launch_(gate_images<T, true>, images, kGateThreads, 0, b_.gate, ds, 1, 1.0f, static_cast<float>(b_.pixels()), some);
+      launch_(gate_images<T, true>, images, kGateThreads, 0, parameters, ds, 1, 1.0f, static_cast<float>(b_.pixels()), some);
       if (!gradients) continue;
       const bool last = n + images == b_.batch;
       const int64_t elements = static_cast<int64_t>(features) * (length + 1);
-      launch_(join_images<T>, (elements + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0,
-              ImageVectors{of_images, grad_sums, v.tap_sums + n * length, some.gates, some.shifts}, images, features, channels, b_.res_scale,
-              static_cast<float>(b_.pixels()), n == 0, total, last ? gradients[2] : nullptr, last ? gradients[3] : nullptr);
+      with_gradient_type<T>(b_.wide(), [&]<class W>(W) {
+        const auto at = [&](int i) { return last ? static_cast<W*>(gradients[i]) : nullptr; };
+        launch_(join_images<W>, (elements + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0,
+                ImageVectors{of_images, grad_sums, v.tap_sums + n * length, some.gates, some.shifts}, images, features, channels,
+                b_.res_scale, static_cast<float>(b_.pixels()), n == 0, total, at(2), at(3));
+      });
     }
   }
 

@@ -11,6 +11,7 @@
 // Limit      L2; 16 images, 8 splits: 19 MB + 5 MB, H100: 0.01 ms predicted / not measured yet
 #pragma once
 
+#include "cuda/parameter.cuh"
 #include "cuda/wgrad.cuh"
 
 namespace fastsr::cuda {
@@ -20,7 +21,8 @@ constexpr int kImageThreads = 128;
 // `all` holds one convolution and a group for every image; `weight` and `bias` are contiguous, bias may be null.
 template <class T>
 __global__ void __launch_bounds__(kImageThreads)
-    image_gradients(const __grid_constant__ Wgrad<T> all, const T* weight, const T* bias, float scale, float* gradients, float* grad_sums, float* ds) {
+    image_gradients(const __grid_constant__ Wgrad<T> all, Parameter<T> weight, Parameter<T> bias, float scale, float* gradients,
+                    float* grad_sums, float* ds) {
   __shared__ double parts[kImageThreads / 32];
   const WgradConv<T>& conv = all.convs[0];
   const int output = static_cast<int>(blockIdx.x % conv.cout), length = conv.cin * kTaps;
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(kImageThreads)
   if (threadIdx.x != 0) return;
   for (int i = 1; i < kImageThreads / 32; ++i) product += parts[i];
   const float of_grad = add_splits(partial + kWgradSums + output % kWgradSide);
-  if (bias) product += static_cast<double>(to_float(bias[output])) * of_grad;
+  if (bias.data) product += static_cast<double>(to_float(bias[output])) * of_grad;
   grad_sums[blockIdx.x] = of_grad;
   ds[blockIdx.x] = static_cast<float>(scale * product);
 }
@@ -59,10 +61,10 @@ struct ImageVectors {
 };
 
 // total[output][9 M + 1] (+)= the sum over images of scale * gates * G + shifts * T, and of what makes the bias's gradient behind it;
-// with the last images also dweight2 and dbias2.
-template <class T>
+// with the last images also dweight2 and dbias2, of type W.
+template <class W>
 __global__ void __launch_bounds__(kReduceThreads)
-    join_images(ImageVectors v, int64_t images, int outputs, int inputs, float scale, float pixels, bool first, float* total, T* dweight, T* dbias) {
+    join_images(ImageVectors v, int64_t images, int outputs, int inputs, float scale, float pixels, bool first, float* total, W* dweight, W* dbias) {
   const int length = inputs * kTaps;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   if (index >= static_cast<int64_t>(outputs) * (length + 1)) return;
@@ -79,8 +81,8 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   total[index] = sum;
   if (!dweight) return;
-  T* target = is_bias ? dbias + output : dweight + static_cast<int64_t>(output) * length + input * kTaps + tap;
-  *target = from_float<T>(sum);
+  W* target = is_bias ? dbias + output : dweight + static_cast<int64_t>(output) * length + input * kTaps + tap;
+  *target = from_float<W>(sum);
 }
 
 }  // namespace fastsr::cuda

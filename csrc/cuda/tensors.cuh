@@ -4,8 +4,9 @@
 #include <limits>
 #include <optional>
 
+#include "common/parameters.h"
 #include "cuda/launch.cuh"
-#include "cuda/numeric.cuh"
+#include "cuda/parameter.cuh"
 
 namespace fastsr::cuda {
 
@@ -28,6 +29,12 @@ void with_element_type(const Tensor& x, const char* op, Run run) {
 template <class T>
 T* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// A parameter of an operator on pictures like x.
+template <class T>
+Parameter<T> parameter(const std::optional<Tensor>& t, const Tensor& x) {
+  return t ? Parameter<T>{t->const_data_ptr(), is_wide(*t, x)} : Parameter<T>{};
 }
 
 inline int checked_int(int64_t value, const char* op, const char* name) {

@@ -59,7 +59,7 @@ struct WgradTile {
 template <class T>
 struct WgradConv {
   const T* gradient;     // of the convolution's output before its activation; strides as all others'
-  T *dweight, *dbias;    // contiguous
+  void *dweight, *dbias; // contiguous, of T or, where Wgrad::wide, of float
   int cin, cout;
   bool vectors;          // set by weight_gradients, as is
   int first_tile;
@@ -76,6 +76,7 @@ struct Wgrad {
   int height, width;
   bool vectors;
   float scale;
+  bool wide;
   float* partials;  // [group][split][tile]
 
   __device__ __forceinline__ const WgradConv<T>& conv_of(int tile) const {
@@ -259,8 +260,10 @@ __global__ void __launch_bounds__(kReduceThreads) wgrad_reduce(const __grid_cons
   float sum = 0.0f;
 #pragma unroll 4
   for (int split = 0; split < all.splits; ++split) sum += all.partials[split * per_split + index];
-  T* target = is_bias ? conv.dbias + output : conv.dweight + (static_cast<int64_t>(output) * conv.cin + input) * kTaps + tap;
-  *target = from_float<T>(sum * all.scale);
+  void* target = is_bias ? conv.dbias : conv.dweight;
+  const int64_t element = is_bias ? output : (static_cast<int64_t>(output) * conv.cin + input) * kTaps + tap;
+  if (all.wide) static_cast<float*>(target)[element] = sum * all.scale;
+  else static_cast<T*>(target)[element] = from_float<T>(sum * all.scale);
 }
 
 // The partial sums of at most kWgradConvs convolutions, of every group of batch / groups images apart. launch as everywhere;
@@ -287,14 +290,14 @@ Wgrad<T> partial_weight_gradients(const Launch& launch, const Allocate& allocate
   return some;
 }
 
-// The gradients of all `convs`.
+// The gradients of all `convs`; wide: in float32.
 template <class T, class Launch, class Allocate>
 void weight_gradients(const Launch& launch, const Allocate& allocate, ImageView<const T> x, PixelStrides gradient_strides, int64_t batch,
-                      int height, int width, float scale, const std::vector<WgradConv<T>>& convs) {
+                      int height, int width, float scale, const std::vector<WgradConv<T>>& convs, bool wide = false) {
   for (size_t first = 0; first < convs.size(); first += kWgradConvs) {
     const int count = static_cast<int>(std::min<size_t>(kWgradConvs, convs.size() - first));
     Wgrad<T> some = partial_weight_gradients(launch, allocate, x, gradient_strides, batch, 1, height, width, &convs[first], count);
-    some.scale = scale;
+    some.scale = scale, some.wide = wide;
     const int64_t sums = static_cast<int64_t>(some.tiles) * kWgradPartial;
     launch(wgrad_reduce<T>, (sums + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0, some);
   }

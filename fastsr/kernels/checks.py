@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
 
 
 def check_dtype(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -34,10 +35,36 @@ def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[in
         raise ValueError(f"{op}: {name} has shape {shape}; expected ({wanted}) = {meaning}")
 
 
+def check_parameters(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """As `check_dtype`; but what `autocast_parameters` leaves in float32 beside an x of 16 bits is right, too."""
+    wide = x.dtype in LOW and autocasts(x.device.type)
+    for name, tensor in parameters.items():
+        if not wide or tensor is None or tensor.dtype != torch.float32 or tensor.device != x.device:
+            check_dtype(op, x, **{name: tensor})
+
+
+def autocasts(device: str) -> bool:
+    """True if autocast is on for this device type."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_parameters(x: Tensor, *parameters: Any) -> tuple[Any, ...]:
+    """Parameters (or None) as kernels take them beside an `x` that autocast has cast.
+
+    Float32 parameters of an x of 16 bits stay: kernels round them while they pack or read them, one launch for an op where casts
+    beforehand are one for each tensor, and their gradients come out in float32. Others are cast as autocast does.
+    """
+    if not parameters or not autocasts(x.device.type):
+        return parameters
+    if x.dtype in LOW and all(t is None or t.dtype == torch.float32 for t in parameters):
+        return parameters
+    return autocast(x, *parameters)[1:]
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast tensors (or None) as autocast casts the arguments of `conv2d`: float32 and low precisions, never float64."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
@@ -45,8 +72,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def autocast_float32(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, widen float16 and bfloat16 tensors (or None) to float32, as torch does for operations that need its range."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(next(t.device.type for t in tensors if t is not None)):
         return tensors
     return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 

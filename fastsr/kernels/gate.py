@@ -35,7 +35,7 @@ def check(
     activation: str = "relu",
 ) -> None:
     """The gate's parameters fit each other, `channels` and x's dtype."""
-    checks.check_dtype(op, x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
+    checks.check_parameters(op, x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
     squeezed = channels
     if down_weight is not None:
         _check_matrix(op, "down_weight", down_weight, (None, channels), "(R, C)")

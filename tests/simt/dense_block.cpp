@@ -18,11 +18,13 @@ ImageView<T> view(const Pixels& p) {
   return {pointer<T>(p.first), {p.second[0], p.second[1], p.second[2]}};
 }
 
-template <class T>
+// kWide, here and below: the parameters are float32, and so are their gradients.
+template <class T, bool kWide>
 DenseBlock<T> describe(const Size& size, const std::vector<Conv>& convs, float negative_slope) {
   DenseBlock<T> block{std::get<0>(size), std::get<1>(size), std::get<2>(size), negative_slope, {}};
   for (const auto& [weight, s, bias, bias_stride, inputs, outputs] : convs) {
-    block.convs.push_back({pointer<const T>(weight), {s[0], s[1], s[2], s[3]}, pointer<const T>(bias), bias_stride, inputs, outputs});
+    block.convs.push_back({{pointer<const void>(weight), kWide}, {s[0], s[1], s[2], s[3]}, {pointer<const void>(bias), kWide}, bias_stride,
+                           inputs, outputs});
   }
   return block;
 }
@@ -33,39 +35,39 @@ struct Allocate {
   void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
 };
 
-template <class T>
+template <class T, bool kWide>
 void forward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, const Pixels& residual,
              const Pixels& workspace, const Pixels& out, float negative_slope, float res_scale, float residual_scale) {
   const Allocate allocate;
-  block_forward<T>(simt::Launcher{seed}, allocate, describe<T>(size, convs, negative_slope), view<const T>(x), view<const T>(residual),
+  block_forward<T>(simt::Launcher{seed}, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(x), view<const T>(residual),
                    view<T>(workspace), view<T>(out), res_scale, residual_scale);
 }
 
-template <class T>
+template <class T, bool kWide>
 void features(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, int channels, const Pixels& workspace,
               float negative_slope) {
   const Allocate allocate;
-  const DenseBlock<T> block = describe<T>(size, convs, negative_slope);
+  const DenseBlock<T> block = describe<T, kWide>(size, convs, negative_slope);
   block_features<T>(simt::Launcher{seed}, allocate, block, view<const T>(x), channels, view<T>(workspace));
 }
 
-template <class T>
+template <class T, bool kWide>
 void backward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& grad, const Pixels& workspace,
               const Pixels& grad_workspace, const Pixels& dx, const std::vector<std::pair<uintptr_t, uintptr_t>>& gradients,
               float negative_slope, float res_scale, float residual_scale) {
   const Allocate allocate;
-  std::vector<std::pair<T*, T*>> written;
-  for (const auto& [dweight, dbias] : gradients) written.emplace_back(pointer<T>(dweight), pointer<T>(dbias));
-  block_backward<T>(simt::Launcher{seed}, allocate, describe<T>(size, convs, negative_slope), view<const T>(grad), view<const T>(workspace),
+  std::vector<std::pair<void*, void*>> written;
+  for (const auto& [dweight, dbias] : gradients) written.emplace_back(pointer<void>(dweight), pointer<void>(dbias));
+  block_backward<T>(simt::Launcher{seed}, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(grad), view<const T>(workspace),
                     view<T>(grad_workspace), view<T>(dx), written, res_scale, residual_scale);
 }
 
-template <class T>
+template <class T, bool kWide = false>
 void define(py::module_& m, const char* name) {
   py::module_ part = m.def_submodule(name);
-  part.def("forward", forward<T>);
-  part.def("features", features<T>);
-  part.def("backward", backward<T>);
+  part.def("forward", forward<T, kWide>);
+  part.def("features", features<T, kWide>);
+  part.def("backward", backward<T, kWide>);
 }
 
 }  // namespace
@@ -74,4 +76,6 @@ PYBIND11_MODULE(SIMT_MODULE, m) {
   define<float>(m, "float32");
   define<__nv_bfloat16>(m, "bfloat16");
   define<__half>(m, "float16");
+  define<__nv_bfloat16, true>(m, "bfloat16_wide");
+  define<__half, true>(m, "float16_wide");
 }

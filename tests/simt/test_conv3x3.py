@@ -199,3 +199,18 @@ print("finished")
     done = host.run_alone("conv3x3", script, host.ADDRESS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "finished" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("o", OPTIONS, ids=str)
+def test_float32_parameters_give_what_rounding_them_before_gives(o, dtype):
+    case = Case((2, 33, 5, 7), torch.float32, "channels_last", "plain")
+    x, weight, bias, residual = inputs(case, 36, o)
+    x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    r = o.pixel_shuffle
+    shape = (2, 36 // r**2, 5 * o.upsample * r, 7 * o.upsample * r)
+    results = []
+    for kernel, w, b in (("_wide", weight, bias), ("", weight.to(dtype), None if bias is None else bias.to(dtype))):
+        _, out = workspace(shape, dtype, o.out)
+        results.append(convolve(str(dtype)[6:] + kernel, x, w, b, residual, out, o, 0))
+    assert torch.equal(*results)

@@ -32,6 +32,7 @@ class Block:
     negative_slope: float = 0.2
     res_scale: float = 0.2
     residual_scale: float = 1.0
+    wide: bool = False  # float32 parameters, as autocast leaves them
     seed: int = 0
 
     def __str__(self) -> str:
@@ -40,6 +41,10 @@ class Block:
     @property
     def channels(self) -> int:
         return self.features + sum(self.growths)
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return torch.float32 if self.wide else self.dtype
 
     def pixels(self, channels: int) -> Tensor:
         """Channels-last, full of NaN."""
@@ -51,9 +56,9 @@ class Block:
         n, h, w = self.size
         shape, begin, weights, biases = (n, self.features, h, w), self.features, [], []
         for k, outputs in enumerate((*self.growths, self.features)):
-            weight = random_tensor((outputs, begin, 3, 3), self.dtype, self.seed + 10 + k) / (9 * begin) ** 0.5
+            weight = random_tensor((outputs, begin, 3, 3), self.parameter_dtype, self.seed + 10 + k) / (9 * begin) ** 0.5
             weights.append(weight.contiguous(memory_format=torch.channels_last) if self.weights == "channels_last" else weight)
-            biases.append(random_tensor((outputs, 2), self.dtype, self.seed + 20 + k)[:, 1] if self.bias else None)  # stride 2
+            biases.append(random_tensor((outputs, 2), self.parameter_dtype, self.seed + 20 + k)[:, 1] if self.bias else None)  # stride 2
             begin += outputs
         images = [laid_out(random_tensor(shape, self.dtype, self.seed + 30 + i), self.layout) for i in range(3)]
         return images[0], weights, biases, images[1] if self.residual else None, images[2]
@@ -89,12 +94,16 @@ def convolutions(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> 
 
 
 def kernels(b: Block):  # type: ignore[no-untyped-def]
-    return getattr(host.module("dense_block"), str(b.dtype)[6:])
+    return getattr(host.module("dense_block"), str(b.dtype)[6:] + "_wide" * b.wide)
 
 
-def forward(b: Block, schedule: int = 0) -> tuple[Tensor, Tensor]:
+Parameters = tuple[list[Tensor], list[Tensor | None]]
+
+
+def forward(b: Block, schedule: int = 0, given: Parameters | None = None) -> tuple[Tensor, Tensor]:
     """The output and the workspace."""
     x, weights, biases, residual, _ = b.arguments()
+    weights, biases = given or (weights, biases)
     workspace, out = b.pixels(b.channels), b.pixels(b.features)
     if b.in_workspace:
         workspace[:, : b.features] = x
@@ -105,13 +114,16 @@ def forward(b: Block, schedule: int = 0) -> tuple[Tensor, Tensor]:
     return out, workspace
 
 
-def backward(b: Block, workspace: Tensor, schedule: int = 0, dx: bool = True, parameters: bool = True) -> dict[str, Tensor]:
+def backward(
+    b: Block, workspace: Tensor, schedule: int = 0, dx: bool = True, parameters: bool = True, given: Parameters | None = None
+) -> dict[str, Tensor]:
     """Every gradient that was asked for."""
-    _, weights, _, _, grad = b.arguments()
+    _, weights, biases, _, grad = b.arguments()
+    weights, _ = given or (weights, biases)
     found = {"x": b.pixels(b.features)} if dx else {}
     if parameters:
-        found |= {f"weight {k}": torch.full(w.shape, torch.nan, dtype=b.dtype) for k, w in enumerate(weights)}
-        found |= {f"bias {k}": torch.full((w.shape[0],), torch.nan, dtype=b.dtype) for k, w in enumerate(weights)}
+        found |= {f"weight {k}": torch.full(w.shape, torch.nan, dtype=b.parameter_dtype) for k, w in enumerate(weights)}
+        found |= {f"bias {k}": torch.full((w.shape[0],), torch.nan, dtype=b.parameter_dtype) for k, w in enumerate(weights)}
     addresses = [(found[f"weight {k}"].data_ptr(), found[f"bias {k}"].data_ptr()) for k in range(len(weights) if parameters else 0)]
     scratch = b.pixels(b.channels)
     views = (pixels(t) for t in (grad, workspace, scratch, found.get("x")))
@@ -143,6 +155,23 @@ def test_output_and_all_gradients_are_as_good_as_eager(block, dtype):
     ours = backward(b, workspace)
     for name, gradient in truths.items():
         assert_close_as_eager(f"gradient of {name}", ours[name], plains[name], gradient, planes=name == "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
+    """Bit for bit, but that their gradients are not rounded."""
+    wide, plain = replace(block, dtype=dtype, wide=True), replace(block, dtype=dtype)
+    _, weights, biases, _, _ = wide.arguments()
+    rounded = [w.to(dtype) for w in weights], [None if t is None else t.to(dtype) for t in biases]
+    (out, workspace), (expected, same) = forward(wide), forward(plain, given=rounded)
+    assert torch.equal(out, expected)
+    assert torch.equal(workspace, same)
+    ours, theirs = backward(wide, workspace), backward(plain, workspace, given=rounded)
+    for name, gradient in ours.items():
+        assert gradient.dtype == (dtype if name == "x" else torch.float32)
+        assert torch.equal(gradient.to(dtype), theirs[name]), name
+    assert any(not torch.equal(g, g.to(dtype).float()) for name, g in ours.items() if name != "x")
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)

@@ -15,6 +15,7 @@ from tests.simt import host
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels on CPU tensors")
 
+LOW = (torch.bfloat16, torch.float16)
 NAMES = ("weight1", "bias1", "weight2", "bias2", "down_weight", "down_bias", "up_weight", "up_bias")
 
 
@@ -31,6 +32,7 @@ class Block:
     bias: bool = True
     weights: str = "oihw"
     res_scale: float = 1.0
+    wide: bool = False  # float32 parameters, as autocast leaves them
     seed: int = 0
 
     def __str__(self) -> str:
@@ -41,16 +43,20 @@ class Block:
         n, h, w = self.size
         return torch.full((n, h, w, channels), torch.nan, dtype=self.dtype).permute(0, 3, 1, 2)
 
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return torch.float32 if self.wide else self.dtype
+
     def arguments(self) -> tuple[Tensor, list[Tensor | None], Tensor]:
         """x, the parameters and the gradient of the output."""
         n, h, w = self.size
         f, m, r = self.features, self.hidden, self.squeezed
         parameters: list[Tensor | None] = []
         for key, shape in enumerate(((m, f, 3, 3), (f, m, 3, 3), (r, f), (f, r))):
-            weight = random_tensor(shape, self.dtype, self.seed + key) / torch.Size(shape[1:]).numel() ** 0.5
+            weight = random_tensor(shape, self.parameter_dtype, self.seed + key) / torch.Size(shape[1:]).numel() ** 0.5
             last = self.weights == "channels_last" and len(shape) == 4
             parameters.append(weight.contiguous(memory_format=torch.channels_last) if last else weight)
-            parameters.append(0.3 * random_tensor(shape[:1], self.dtype, self.seed + 10 + key) if self.bias else None)
+            parameters.append(0.3 * random_tensor(shape[:1], self.parameter_dtype, self.seed + 10 + key) if self.bias else None)
         x, grad = (laid_out(random_tensor((n, f, h, w), self.dtype, self.seed + 20 + i), self.layout) for i in range(2))
         return x, parameters, grad
 
@@ -91,7 +97,7 @@ def call(b: Block, parameters: list[Tensor | None]) -> tuple[object, ...]:
 
 
 def kernels(b: Block):  # type: ignore[no-untyped-def]
-    return getattr(host.module("rcab"), str(b.dtype)[6:])
+    return getattr(host.module("rcab"), str(b.dtype)[6:] + "_wide" * b.wide)
 
 
 def forward(b: Block, schedule: int = 0, in_place: bool = False) -> tuple[Tensor, Saved]:
@@ -105,18 +111,19 @@ def forward(b: Block, schedule: int = 0, in_place: bool = False) -> tuple[Tensor
 
 
 def backward(
-    b: Block, saved: Saved, schedule: int = 0, dx: bool = True, wanted: bool = True, image_bytes: int = 1 << 28
+    b: Block, saved: Saved, schedule: int = 0, dx: bool = True, wanted: bool = True, image_bytes: int = 1 << 28,
+    parameters: list[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Every gradient that was asked for."""
-    x, parameters, grad = b.arguments()
-    parameters = [t if t is None else t.contiguous() for t in parameters]
+    x, own, grad = b.arguments()
+    parameters = [t if t is None else t.contiguous() for t in parameters or own]
     found = {"x": b.pixels(b.features)} if dx else {}
     addresses = []
     if wanted:
         for name, weight in zip(NAMES[::2], parameters[::2], strict=True):
             assert weight is not None
-            found |= {name: torch.full(weight.shape, torch.nan, dtype=b.dtype)}
-            found |= {name.replace("weight", "bias"): torch.full(weight.shape[:1], torch.nan, dtype=b.dtype)}
+            found |= {name: torch.full(weight.shape, torch.nan, dtype=b.parameter_dtype)}
+            found |= {name.replace("weight", "bias"): torch.full(weight.shape[:1], torch.nan, dtype=b.parameter_dtype)}
         addresses = [found[name].data_ptr() for name in NAMES]
     scratch = b.pixels(b.hidden)
     read, written = [pixels(t) for t in (grad, x, saved.hidden)], [pixels(t) for t in (scratch, found.get("x"))]
@@ -147,6 +154,29 @@ def test_output_and_all_gradients_are_as_good_as_eager(block, dtype):
     ours = backward(b, saved)
     for name, gradient in truths.items():
         assert_close_as_eager(f"gradient of {name}", ours[name], plains[name], gradient, planes=name == "x")
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
+    """Bit for bit, but that their gradients are not rounded."""
+    wide = replace(block, dtype=dtype, wide=True)
+    x, parameters, _ = wide.arguments()
+    rounded = [None if t is None else t.to(dtype) for t in parameters]
+    results = []
+    for b, given in ((wide, parameters), (replace(block, dtype=dtype), rounded)):
+        n = b.size[0]
+        saved = Saved(b.pixels(b.hidden), torch.full((n, b.hidden, 9), torch.nan), torch.full((2, n, b.features), torch.nan))
+        out = b.pixels(b.features)
+        kernels(b).forward(0, *call(b, given), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
+        results.append((out, saved, backward(b, saved, parameters=given)))
+    (out, saved, ours), (plain, plain_saved, theirs) = results
+    assert torch.equal(out, plain)
+    assert torch.equal(saved.attention, plain_saved.attention)
+    for name, gradient in ours.items():
+        assert gradient.dtype == (dtype if name == "x" else torch.float32)
+        assert torch.equal(gradient.to(dtype), theirs[name]), name
+    assert any(not torch.equal(g, g.to(dtype).float()) for name, g in ours.items() if name != "x")
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)

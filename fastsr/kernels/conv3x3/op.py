@@ -84,7 +84,8 @@ def conv3x3(
         TypeError: an unsupported dtype, or dtypes that differ.
         BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
     """
-    x, weight, bias, residual = checks.autocast(x, weight, bias, residual)
+    x, residual = checks.autocast(x, residual)
+    weight, bias = checks.autocast_parameters(x, weight, bias)
     slope = _slope(activation, negative_slope)
     shape = _check(x, weight, bias, residual, upsample, pixel_shuffle)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
@@ -92,6 +93,7 @@ def conv3x3(
         _check_out(out, x, shape, needs_grad)
     run = backends.choose("conv3x3", backend, x, weight).backend
     if run == "reference":
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y = reference.conv3x3(
             x, weight, bias, residual, negative_slope=slope, scale=scale, upsample=upsample, pixel_shuffle=pixel_shuffle
         )
@@ -115,7 +117,8 @@ def _slope(activation: str, negative_slope: float) -> float:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upsample: int, r: int) -> tuple[int, ...]:
     """Check all but `out`; the output's shape."""
-    checks.check_dtype("conv3x3", x, weight=weight, bias=bias, residual=residual)
+    checks.check_dtype("conv3x3", x, residual=residual)
+    checks.check_parameters("conv3x3", x, weight=weight, bias=bias)
     checks.check_shape("conv3x3", "x", x, (None,) * 4, "(N, C, H, W)")
     n, c, h, w = x.shape
     if min(c, h, w) == 0:
@@ -217,8 +220,9 @@ class _Conv3x3(torch.autograd.Function):
             u = x if upsample == 1 else F.interpolate(x, scale_factor=float(upsample), mode="nearest")
             g = g.contiguous(memory_format=torch.channels_last)
             dx, dw, db = torch.ops.aten.convolution_backward(
-                g, u, weight, [weight.shape[0]] if has_bias else None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needs
+                g, u, weight.to(g.dtype), [weight.shape[0]] if has_bias else None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needs
             )
+            dw, db = (None if d is None else d.to(weight.dtype) for d in (dw, db))
             if dx is not None and upsample != 1:
                 dx = F.avg_pool2d(dx, upsample, divisor_override=1)
         return dx, dw, db, grad_residual, None, None, None, None, None

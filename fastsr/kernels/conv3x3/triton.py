@@ -253,11 +253,11 @@ def config(gpu: str, mode: str, c: int, o: int) -> Config:
     return Config(tile_h, tile_w, block_n, block_k, num_warps=num_warps, num_stages=num_stages)
 
 
-def pack(weight: Tensor, chosen: Config, shuffle: int) -> Tensor:
-    """(O, C, 3, 3) as [9, C, O] with C and O padded by zeros to whole blocks, channels in the order of `shuffle_order`."""
+def pack(weight: Tensor, chosen: Config, shuffle: int, dtype: torch.dtype) -> Tensor:
+    """(O, C, 3, 3) as [9, C, O] in `dtype`, with C and O padded by zeros to whole blocks, channels in the order of `shuffle_order`."""
     o, c = weight.shape[:2]
     rows, columns = (triton.cdiv(size, block) * block for size, block in ((c, chosen.block_k), (o, chosen.block_n)))
-    packed = (weight.new_empty if (rows, columns) == (c, o) else weight.new_zeros)((9, rows, columns))
+    packed = (weight.new_empty if (rows, columns) == (c, o) else weight.new_zeros)((9, rows, columns), dtype=dtype)
     packed.view(3, 3, rows, columns)[:, :, :c, :o] = shuffle_order(weight, shuffle).permute(2, 3, 1, 0)
     return packed
 
@@ -304,7 +304,7 @@ def launch(
         conv3x3_kernel[(programs,)](
             out,
             x,
-            pack(weight, chosen, pixel_shuffle),
+            pack(weight, chosen, pixel_shuffle, x.dtype),
             None if bias is None else shuffle_order(bias, pixel_shuffle).contiguous(),
             residual,
             mask,
@@ -405,13 +405,16 @@ def aot_cases() -> Iterator[AotCase]:
     """Every line of the table with every dtype that it serves."""
     for gpu in FAMILIES:
         for mode, dtype in modes(gpu):
+            if dtype != "fp32":  # under autocast
+                yield aot_case("wide", gpu, mode, dtype, 64, 64, 1, 1, ("residual_ptr",), bias="fp32")
             for c, o, upsample, shuffle, full in LAYERS:
                 more = ("residual_ptr", *(("mask_ptr", "outer_ptr") if full else ()))
                 yield aot_case("full" if full else "", gpu, mode, dtype, c, o, upsample, shuffle, more)
 
 
 def aot_case(
-    role: str, gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, more: Sequence[str], op: str = "conv3x3"
+    role: str, gpu: str, mode: str, dtype: str, c: int, o: int, upsample: int, shuffle: int, more: Sequence[str], op: str = "conv3x3",
+    bias: str | None = None,
 ) -> AotCase:
     """One layer with a bias and the pointers named in `more`."""
     chosen = config(gpu, mode, c, o)
@@ -421,6 +424,7 @@ def aot_case(
     unit = 4 if dtype == "fp32" else 8
     x_unit, y_unit = (unit if channels % unit == 0 else 1 for channels in (c, o))
     signature = {name: "*fp32" if name in ("factor_ptr", "sums_ptr") else "*" + dtype for name in pointers}
+    signature |= {"bias_ptr": "*" + (bias or dtype)}
     signature |= dict.fromkeys((*SIZES, *OUTER), "i32")
     signature |= dict.fromkeys(("slope", "scale", "outer_scale"), "fp32")
     return AotCase(

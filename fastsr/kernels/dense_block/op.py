@@ -81,7 +81,8 @@ def dense_block(
         backend: "auto", "compiled", "triton" or "reference".
 
     Returns:
-        (N, F, H, W) in x's dtype (autocast's under autocast), channels-last.
+        (N, F, H, W) in x's dtype (autocast's under autocast), channels-last. Under autocast float32 weights are rounded where they are
+        packed, and their gradients are not rounded at all.
 
     Saved for backward: the workspace, C values a pixel, with save="all"; x, F values a pixel, with "input"; and the weights.
     Backward is first-order only (the reference backend differentiates any number of times).
@@ -95,7 +96,8 @@ def dense_block(
     count = len(weights)
     if len(biases) != count or count == 0:
         raise ValueError(f"dense_block: {count} weights and {len(biases)} biases; expected as many of each, at least one")
-    x, residual, *parameters = checks.autocast(x, residual, *weights, *biases)
+    x, residual = checks.autocast(x, residual)
+    parameters = checks.autocast_parameters(x, *weights, *biases)
     weights, biases = parameters[:count], parameters[count:]
     channels = _check(x, weights, biases, residual, negative_slope, save)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *parameters))
@@ -104,8 +106,9 @@ def dense_block(
         residual_scale = 1.0
     run = backends.choose("dense_block", backend, x).backend
     if run == "reference":
+        cast: list[Any] = [None if t is None else t.to(x.dtype) for t in parameters]
         y = reference.dense_block(
-            x, weights, biases, residual, negative_slope=negative_slope, res_scale=res_scale, residual_scale=residual_scale
+            x, cast[:count], cast[count:], residual, negative_slope=negative_slope, res_scale=res_scale, residual_scale=residual_scale
         )
         return y if out is None else out.copy_(y)
     scales = (negative_slope, res_scale, residual_scale)
@@ -133,7 +136,7 @@ def _check(
     channels = x.shape[1]
     for k, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
         last = k == len(weights)
-        checks.check_dtype("dense_block", x, **{f"weights[{k - 1}]": weight, f"biases[{k - 1}]": bias})
+        checks.check_parameters("dense_block", x, **{f"weights[{k - 1}]": weight, f"biases[{k - 1}]": bias})
         outputs = x.shape[1] if last else None
         checks.check_shape("dense_block", f"weights[{k - 1}]", weight, (outputs, channels, 3, 3), "(growth, channels so far, 3, 3)")
         checks.check_shape("dense_block", f"biases[{k - 1}]", bias, (weight.shape[0],), "(growth,)")

@@ -86,7 +86,8 @@ def rcab(
         backend: "auto", "compiled", "triton" or "reference".
 
     Returns:
-        (N, F, H, W) in x's dtype (autocast's under autocast), channels-last.
+        (N, F, H, W) in x's dtype (autocast's under autocast), channels-last. Under autocast float32 parameters are rounded where they
+        are packed or read, and their gradients are not rounded at all.
 
     Saved for backward: x, r (M values a pixel; not with save="input"), vectors of N*F and N*M float32; and the weights.
     Backward is first-order only (the reference backend differentiates any number of times).
@@ -97,12 +98,14 @@ def rcab(
         TypeError: an unsupported dtype, or dtypes that differ.
         BackendUnavailable: `backend` was named and cannot run here, with the reason and the remedy.
     """
-    x, *parameters = checks.autocast(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias)
+    (x,) = checks.autocast(x)
+    parameters = list(checks.autocast_parameters(x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias))
     _check(save, x, *parameters)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     _check_buffers(x, weight1.shape[0], out, workspace, needs_grad)
     run = backends.choose("rcab", backend, x).backend
     if run == "reference":
+        parameters = [None if t is None else t.to(x.dtype) for t in parameters]
         y = reference.rcab(x, *parameters, res_scale=res_scale)
         return y if out is None else out.copy_(y)
     if needs_grad:
@@ -126,7 +129,7 @@ def _check(
     up_bias: Tensor | None,
 ) -> None:
     """Check all but the buffers."""
-    checks.check_dtype("rcab", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    checks.check_parameters("rcab", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     checks.check_shape("rcab", "x", x, (None,) * 4, "(N, F, H, W)")
     if min(x.shape[1:]) == 0:
         raise ValueError(f"rcab: x has shape {tuple(x.shape)}; expected at least one channel and one pixel")
