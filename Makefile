@@ -20,8 +20,9 @@ READY := $(VENV)/.fastsr-ready
 demo: $(READY)
 	$(PY) examples/demo.py
 
+# A worker for each core, at most eight; one that runs out of tests takes some of another's.
 test: build
-	$(PY) -m pytest tests $(PYTEST_ARGS)
+	$(PY) -m pytest tests -n logical --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # Compiles what changed since the last build; fails where the library is missing in the end.
 build: $(READY)

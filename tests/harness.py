@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,14 +144,15 @@ def assert_twice_eager(
     args: Sequence[Tensor | None],
     grad: Callable[[Tensor], Tensor] | None = None,
     names: Sequence[str] | None = None,
+    case: Hashable | None = None,
 ) -> None:
     """`fused(*args)` obeys the twice-eager rule against `eager(*args)`; with `grad`, so do all gradients.
 
-    `grad` makes the gradient of the output from the output. Arguments that are None stay None.
+    `grad` makes the gradient of the output from the output. Arguments that are None stay None. Successive calls with the same
+    `case`, which must tell `eager`, `args` and `grad` apart from all others, compute what eager gives once.
     """
     names = names or [f"argument {i}" for i in range(len(args))]
-    truth = run(eager, args, grad, torch.float64)
-    plain = run(eager, args, grad, None)
+    truth, plain = _by_eager(eager, args, grad, case)
     ours = run(fused, args, grad, None)
     for name, t, p, o in zip(["output", *(f"gradient of {n}" for n in names)], truth, plain, ours, strict=False):
         if t is None:
@@ -160,6 +161,28 @@ def assert_twice_eager(
         assert o is not None, f"{name}: missing"
         assert o.dtype == p.dtype, f"{name}: dtype {o.dtype}, eager has {p.dtype}"
         assert_close_as_eager(name, o, p, t, planes=t.shape in (args[0].shape, truth[0].shape))
+
+
+#: The latest case, the bytes of its arguments, and what eager gave: in float64 and in the arguments' own dtype.
+_latest: list[tuple[Hashable, list[bytes], tuple[list[Tensor | None], list[Tensor | None]]]] = []
+
+
+def _by_eager(
+    eager: Callable[..., Tensor], args: Sequence[Tensor | None], grad: Callable[[Tensor], Tensor] | None, case: Hashable | None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    seen = [str((t.shape, t.stride(), t.dtype)).encode() + _bytes(t) for t in args if t is not None] if case is not None else []
+    if case is not None and _latest and _latest[0][0] == case:
+        assert _latest[0][1] == seen, f"{case} names two calls with different arguments"
+        return _latest[0][2]
+    _latest.clear()
+    found = run(eager, args, grad, torch.float64), run(eager, args, grad, None)
+    if case is not None:
+        _latest.append((case, seen, found))
+    return found
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def run(

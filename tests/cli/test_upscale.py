@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from PIL import Image
 
 from fastsr.cli import main, progress, upscale
 from fastsr.upscaling import read_picture
+from tests.interrupting import interrupt
 from tests.weights import files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,24 +139,22 @@ def test_amounts_of_memory():
 
 def test_ctrl_c_leaves_no_partial_file(tmp_path, weights):
     """Stopped while pictures are written, and while the network runs."""
-    big = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
-    for k in range(20):
-        Image.fromarray(big).save(tmp_path / f"{k}.png", compress_level=1)
-    inputs = map(str, sorted(tmp_path.glob("*.png")))
-    command = [sys.executable, "-m", "fastsr", "upscale", *inputs, "-o", str(tmp_path / "out"), "-m", weights]
+    (tmp_path / "in").mkdir()
+    first = tmp_path / "in" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)).save(first, compress_level=1)
+    for k in range(1, 300):  # minutes of work: the signal comes before its end, however late
+        os.link(first, first.with_name(f"{k}.png"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fastsr", "upscale", str(first.parent), "-o", str(out), "-m", weights]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("out/*.png")) and time.monotonic() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
+    _, message = interrupt(process, when=lambda: list(out.glob("*.png")))
     assert process.returncode == 130, message
     assert message == "fastsr: interrupted\n"
-    done = os.listdir(tmp_path / "out")
-    assert 0 < len(done) < 20
+    done = os.listdir(out)
+    assert 0 < len(done) < 300
     for name in done:
         assert not name.startswith("."), "a partial file"
-        with Image.open(tmp_path / "out" / name) as picture:
+        with Image.open(out / name) as picture:
             picture.load()
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastsr
+from tests.interrupting import PATIENCE, interrupt
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
@@ -29,7 +28,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 def train(folder: Path, *words: str, code: int = 0) -> str:
     process = start(folder, *words)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, out + err
     return out + err
 
@@ -57,11 +56,7 @@ def test_the_loss_falls_and_going_on_is_never_having_stopped(tmp_path):
 
 def test_ctrl_c_keeps_the_step_and_leaves_no_partial_file(tmp_path):
     process = start(tmp_path, "--steps", "100000", "--memory", "none", "--every", "1")
-    until = time.monotonic() + 60
-    while not (tmp_path / "m.pth").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt(process, when=(tmp_path / "m.pth").exists)
     assert process.returncode == 130, out + err
     assert "stopping after this step" in err
     assert os.listdir(tmp_path) == ["m.pth"]

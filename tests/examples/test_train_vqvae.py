@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import fastsr
+from tests.interrupting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--features", "8", "--codes", "16", "--channels", "4", "--patch", "16", "--batch", "4", "--rate", "3e-3"]
@@ -34,9 +35,8 @@ def pictures(tmp_path_factory) -> Path:
 def train(folder: Path, pictures: Path, *words: str, code: int = 0) -> str:
     command = [sys.executable, "examples/train_vqvae.py", "--pictures", str(pictures), "--checkpoint", str(folder / "m.pth")]
     command += ["--output", str(folder / "out"), *TINY, *words]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=180, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

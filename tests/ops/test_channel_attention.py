@@ -120,6 +120,7 @@ def test_output_and_gradients_are_as_good_as_eager(case, options, residual_layou
             args=drawn(case, options, residual_layout),
             grad=case.gradient_like,
             names=["x", "down_weight", "down_bias", "up_weight", "up_bias", "residual"],
+            case=("channel_attention", case, options, residual_layout),
         )
 
 
@@ -143,6 +144,7 @@ def test_images_of_many_strips(dtype, layout, runner):
             eager=flat(reference.channel_attention, OPTIONS[0]),
             args=args,
             grad=case.gradient_like,
+            case=("channel_attention", case, layout),
         )
 
 

@@ -67,6 +67,7 @@ def test_output_and_gradients_are_as_good_as_eager(case, epilogue, cout, runner)
             args=tensors,
             grad=case.gradient_like,
             names=NAMES,
+            case=("conv3x3", case, epilogue, cout),
         )
 
 

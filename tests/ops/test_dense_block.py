@@ -66,6 +66,7 @@ def test_output_and_gradients_are_as_good_as_eager(case, block, runner):
             args=[case.input(), residual, *weights, *biases],
             grad=case.gradient_like,
             names=names,
+            case=("dense_block", case, block),
         )
 
 

@@ -70,6 +70,7 @@ def test_output_and_gradients_are_as_good_as_eager(case, block, runner):
             args=arguments,
             grad=case.gradient_like,
             names=NAMES,
+            case=("rcab", case, block),
         )
 
 

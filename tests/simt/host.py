@@ -24,6 +24,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.building import one_process_at_a_time
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
@@ -70,14 +72,15 @@ def built(name: str, sanitizer: tuple[str, ...] = UNDEFINED) -> Path:
         key.update(text.read_bytes())
     stem = f"{name}-{'address' if sanitizer is ADDRESS else 'undefined'}-"
     target = _folder() / f"{stem}{key.hexdigest()[:24]}.so"
-    if not target.exists():
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run([gxx, *options, "-o", unfinished, HERE / f"{name}.cpp"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{name}.cpp does not compile:\n{done.stderr[-6000:]}"
-        unfinished.replace(target)  # at once: another process may build the same
-        for stale in target.parent.glob(f"{stem}*.so"):
-            if stale != target:
-                stale.unlink(missing_ok=True)
+    with one_process_at_a_time(target.with_name(stem)):
+        if not target.exists():
+            unfinished = target.with_suffix(".tmp")
+            done = subprocess.run([gxx, *options, "-o", unfinished, HERE / f"{name}.cpp"], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{name}.cpp does not compile:\n{done.stderr[-6000:]}"
+            unfinished.replace(target)  # whole: an earlier compilation may have been stopped
+            for stale in target.parent.glob(f"{stem}*.so"):
+                if stale != target:
+                    stale.unlink(missing_ok=True)
     return target
 
 

@@ -8,6 +8,7 @@ Runs in a process of its own, since `triton.compile` fails once the interpreter 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -107,11 +108,13 @@ def check(case: Any) -> dict[str, Any]:
 
 
 def check_nth(wanted: tuple[int, str]) -> dict[str, Any]:
-    """The same by number, since kernels do not pickle."""
+    """The same by the case's number in the list, since kernels do not pickle."""
     return check(selected(wanted[1])[wanted[0]])
 
 
+@functools.cache
 def selected(word: str) -> list[Any]:
+    """The cases whose name holds `word`; forked processes find the list made."""
     return [case for case in all_cases() if word in case.name]
 
 

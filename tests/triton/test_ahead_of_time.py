@@ -15,6 +15,7 @@ from tests.triton.versions import VERSIONS, environment
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_configuration_compiles_without_spills(version):
     done = subprocess.run([sys.executable, str(SCRIPT)], env=environment(version), capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from tests.triton.versions import ROOT, VERSIONS, environment, installed
 FOLDER = Path(__file__).with_name("interpreted")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kernels_in_the_interpreter(version):
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--tb=short", "-rfEs", "--disable-warnings"]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.building import one_process_at_a_time
+
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST, NEWEST = "3.6.0", "3.9.0"
 
@@ -46,11 +48,18 @@ def environment(version: str, **variables: str) -> dict[str, str]:
 def side_folder(version: str) -> Path:
     """The folder that holds this Triton, installed on first use; skips the test where no package index can be reached."""
     folder = ROOT / "build" / f"triton-{version}"
-    if folder.exists():
-        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with one_process_at_a_time(folder):
+        if not folder.exists():
+            _install(version, folder)
+    return folder
+
+
+def _install(version: str, folder: Path) -> None:
     # Triton 3.6's interpreter takes no loop bound from an argument under numpy 2.4.
     wanted = [f"triton=={version}", *(["numpy<2.4"] if version == OLDEST else [])]
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an installation that was stopped
     command = [*pip(), "install", "--quiet", "--no-deps", "--retries=1", "--timeout=30", f"--target={partial}", *wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -58,11 +67,7 @@ def side_folder(version: str) -> Path:
         if re.search(OFFLINE, done.stdout + done.stderr):
             pytest.skip(f"offline: {' and '.join(wanted)} cannot be installed into {folder}")
         pytest.fail(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}", pytrace=False)
-    if folder.exists():  # another run was faster
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
-    return folder
+    partial.rename(folder)
 
 
 def pip() -> list[str]:
