@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from fastsr.cli import main, progress, upscale
 from fastsr.upscaling import read_picture
-from tests.interrupting import interrupt
+from tests.interrupting import interrupt, start
 from tests.weights import files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +145,7 @@ def test_ctrl_c_leaves_no_partial_file(tmp_path, weights):
         os.link(first, first.with_name(f"{k}.png"))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastsr", "upscale", str(first.parent), "-o", str(out), "-m", weights]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start(command, cwd=ROOT)
     _, message = interrupt(process, when=lambda: list(out.glob("*.png")))
     assert process.returncode == 130, message
     assert message == "fastsr: interrupted\n"

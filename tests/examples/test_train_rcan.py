@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastsr
-from tests.interrupting import PATIENCE, interrupt
+from tests.interrupting import PATIENCE, interrupt, start
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
@@ -20,14 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--features", "8", "--groups", "1", "--blocks", "2", "--patch", "12", "--batch", "4", "--rate", "2e-3"]
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
+def training(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "examples/train_rcan.py", "--checkpoint", str(folder / "m.pth"), *TINY, *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return start(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def train(folder: Path, *words: str, code: int = 0) -> str:
-    process = start(folder, *words)
+    process = training(folder, *words)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, out + err
     return out + err
@@ -55,7 +54,7 @@ def test_the_loss_falls_and_going_on_is_never_having_stopped(tmp_path):
 
 
 def test_ctrl_c_keeps_the_step_and_leaves_no_partial_file(tmp_path):
-    process = start(tmp_path, "--steps", "100000", "--memory", "none", "--every", "1")
+    process = training(tmp_path, "--steps", "100000", "--memory", "none", "--every", "1")
     out, err = interrupt(process, when=(tmp_path / "m.pth").exists)
     assert process.returncode == 130, out + err
     assert "stopping after this step" in err
