@@ -92,6 +92,8 @@ class fused:
         for module in self._fused:
             restore(module)
 
+LEFT_OUT = "filter_fn left it out"
+
 
 class _Walk:
     """A walk through a model: blocks before their parts, composites after them."""
@@ -117,7 +119,8 @@ class _Walk:
         place += len(self.rows) > place  # behind the reason why it is no block of another kind
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
-        if known is None:
+        left_out = place > 0 and (self.rows[place - 1].name, self.rows[place - 1].reason) == (name, LEFT_OUT)
+        if known is None and not left_out:  # said once
             self.attempt(name, module, COMPOSITES, place)
 
     def attempt(self, name: str, module: nn.Module, matchers: Iterable[Callable[[nn.Module], Candidate | None]], place: int) -> bool:
@@ -169,7 +172,7 @@ class _Walk:
             Refused: with the reason.
         """
         if self.filter_fn is not None and not self.filter_fn(module, name):
-            raise Refused("filter_fn left it out")
+            raise Refused(LEFT_OUT)
         if "forward" in module.__dict__:
             raise Refused("its forward was replaced on the instance")
         check_no_hooks(proven)
