@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training import picture_files, progress, stoppable
+from training import patches, picture_files, progress, stoppable
 
 import fastsr
 from fastsr.atomic import atomic_file
@@ -83,21 +83,6 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--rate", type=float, default=1e-4, help="of Adam (default: 1e-4)")
     return parser.parse_args()
-
-
-def patches(pictures: list[np.ndarray], args: argparse.Namespace, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of small patches (bicubic, antialiased) and the large ones that they were made from, values 0..1."""
-    random, side = np.random.default_rng((args.seed, step)), args.patch * args.upscale
-    pairs = []
-    for _ in range(args.batch):
-        picture = pictures[random.integers(len(pictures))]
-        top, left = (random.integers(length - side + 1) for length in picture.shape[:2])
-        large = np.rot90(picture[top : top + side, left : left + side], random.integers(4))
-        large = np.ascontiguousarray(large[:, :: random.choice((-1, 1))])
-        small = Image.fromarray(large).resize((args.patch, args.patch), Image.Resampling.BICUBIC)
-        pairs.append((np.asarray(small), large))
-    small, large = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255 for batch in zip(*pairs, strict=True))
-    return small, large
 
 
 def save(args: argparse.Namespace, model: RCAN, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

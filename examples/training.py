@@ -1,7 +1,8 @@
-"""What the training examples share: photographs, a bar, and Ctrl-C that ends a run well."""
+"""What the training examples share: photographs, patches of them, a bar, and Ctrl-C that ends a run well."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import signal
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 #: Of those that come with scikit-image.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg")
@@ -23,6 +26,21 @@ def picture_files(folder: Path | None) -> list[Path]:
     if spec is None or spec.origin is None:
         raise SystemExit("the photographs come with scikit-image: pip install 'fastsr-torch[demo]', or give --pictures")
     return [path for name in PHOTOGRAPHS if (path := Path(spec.origin).parent / "data" / name).is_file()]
+
+
+def patches(pictures: list[np.ndarray], args: argparse.Namespace, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of small patches (bicubic, antialiased) and the large ones that they were made from, values 0..1."""
+    random, side = np.random.default_rng((args.seed, step)), args.patch * args.upscale
+    pairs = []
+    for _ in range(args.batch):
+        picture = pictures[random.integers(len(pictures))]
+        top, left = (random.integers(length - side + 1) for length in picture.shape[:2])
+        large = np.rot90(picture[top : top + side, left : left + side], random.integers(4))
+        large = np.ascontiguousarray(large[:, :: random.choice((-1, 1))])
+        small = Image.fromarray(large).resize((args.patch, args.patch), Image.Resampling.BICUBIC)
+        pairs.append((np.asarray(small), large))
+    small, large = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255 for batch in zip(*pairs, strict=True))
+    return small, large
 
 
 @contextlib.contextmanager
