@@ -205,7 +205,10 @@ def save(args: argparse.Namespace, model: ESRGANModel, losses: list[float]) -> N
     """The file appears whole or not at all."""
     options = {name: getattr(args, name) for name in FIXED}
     with atomic_file(args.checkpoint) as file:
-        torch.save({name: part.state_dict() for name, part in model.state().items()} | {"losses": losses, "options": options}, file)
+        parts = {name: part.state_dict() for name, part in model.state().items()}
+        for part in parts.values():
+            part.pop("milestones", None)  # a Counter, which no reader of weights takes; the options say them
+        torch.save({**parts, "losses": losses, "options": options}, file)
 
 
 def resume(args: argparse.Namespace, model: ESRGANModel) -> list[float]:
