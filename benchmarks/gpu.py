@@ -57,6 +57,7 @@ def steps(device: str = "cuda") -> list[Any]:
         script("graphed", "fastsr.cuda_graph on whole networks: exact, and how fast", 120, "graphed.py"),
         Step("tests of graphs", (*pytest, "tests/graphs"), 120, "fastsr.cuda_graph with real graphs", cuda_tests),
         script("attention", "channel attention: two passes, one by clusters, eager", 120, "attention.py"),
+        script("sums", "sums over the rows of each code: sorted, by atomics", 90, "sums.py"),
         # Verbose: the last name in the output is the test that hung.
         Step("tests of ops", (*pytest, "tests/ops"), 420, "every op, compiled and Triton, on the GPU", cuda_tests),
         bench("triton", "every Triton kernel: right, and how fast", 300, "ops", "--quick", *triton, *dtypes),
