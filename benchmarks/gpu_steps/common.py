@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.utils.cpp_extension import include_paths
 
 from fastsr.bench import results
 from fastsr.bench.statistics import median
@@ -22,9 +21,6 @@ from fastsr.bench.steps import NOTHING_TO_DO
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 CSRC = NATIVE.parent.parent / "csrc"
-
-#: How nvcc compiles a probe. Its kernels may be the library's own, whose headers take torch's for their error messages.
-PROBE_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", *(f"-I{path}" for path in include_paths()))
 
 
 class Result(dict[str, Any]):
@@ -87,7 +83,7 @@ def build_probe(name: str) -> Path:
     number = f"{major}{minor}{'a' if major >= 9 else ''}"
     program = Path(tempfile.mkdtemp(prefix="fastsr-probe-")) / name
     source = NATIVE / f"{name}.cu"
-    command = [nvcc, *PROBE_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
+    command = [nvcc, "-O3", "-std=c++17", f"-I{CSRC}", f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed: {done.stderr[-1500:]}")

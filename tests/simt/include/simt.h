@@ -359,7 +359,6 @@ struct Launcher {
   bool on_hopper = false;  // as sm_90a: its kernels are taken, and a block has 227 KB of shared memory
 
   bool hopper() const { return on_hopper; }
-  int multiprocessors() const { return 3; }
 
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, std::type_identity_t<Parameters>... arguments) const {
