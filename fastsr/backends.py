@@ -108,6 +108,11 @@ def default_backend() -> str:
     return _default
 
 
+def autocasts(device: str) -> bool:
+    """True if autocast is on for this device type."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 @functools.cache
 def triton_missing() -> str | None:
     """Why Triton cannot be used, or None."""

@@ -92,6 +92,7 @@ class fused:
         for module in self._fused:
             restore(module)
 
+
 LEFT_OUT = "filter_fn left it out"
 
 

@@ -62,10 +62,9 @@ def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.dev
 def modes(device: torch.device) -> tuple[Hashable, ...]:
     """What else decides which kernels run: autocast, our default backend, torch's switches for precision and determinism."""
     kind = device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     precision = tuple(getattr(place, "fp32_precision", None) for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul))  # type: ignore[attr-defined]
     return (
-        torch.get_autocast_dtype(kind) if autocast else None,
+        torch.get_autocast_dtype(kind) if backends.autocasts(kind) else None,
         backends.default_backend(),
         torch.are_deterministic_algorithms_enabled(),
         precision,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsr.backends import autocasts
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW = (torch.bfloat16, torch.float16)
 
@@ -41,11 +43,6 @@ def check_parameters(op: str, x: Tensor, **parameters: Tensor | None) -> None:
     for name, tensor in parameters.items():
         if not wide or tensor is None or tensor.dtype != torch.float32 or tensor.device != x.device:
             check_dtype(op, x, **{name: tensor})
-
-
-def autocasts(device: str) -> bool:
-    """True if autocast is on for this device type."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_parameters(x: Tensor, *parameters: Any) -> tuple[Any, ...]:

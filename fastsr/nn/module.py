@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsr import ops
-from fastsr.backends import BACKENDS, Backend
+from fastsr.backends import BACKENDS, Backend, autocasts
 from fastsr.nn.freezing import Freezable
 
 #: What a block keeps for backward: all that it needs there, or its input alone, from which it computes the rest again.
@@ -79,7 +79,7 @@ def needs_grad(module: nn.Module, *tensors: Tensor | None) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a convolution of `x` gives its output: autocast's where that is on, else x's own."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

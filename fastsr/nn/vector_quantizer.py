@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr import ops
-from fastsr.backends import Backend
+from fastsr.backends import Backend, autocasts
 from fastsr.nn.module import Module
 
 Metric = Literal["euclidean", "cosine"]
@@ -163,8 +163,7 @@ class VectorQuantizer(Module):
         """Float32 at least where the codebook is, and everywhere under autocast; what is no float stays, for the operator to refuse."""
         if not x.is_floating_point():
             return x.dtype
-        device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        cast = autocasts(x.device.type)
         return torch.promote_types(torch.promote_types(x.dtype, self.codebook.dtype), torch.float32 if cast else x.dtype)
 
     def _codes(self, x: Tensor | None = None) -> Tensor:

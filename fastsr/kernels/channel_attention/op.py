@@ -117,7 +117,7 @@ def _autocast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) ->
     device = x.device.type
     low = (torch.float32, torch.bfloat16, torch.float16)
     tensors = (x, residual, *parameters)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype not in low:
+    if not backends.autocasts(device) or x.dtype not in low:
         return tensors
     dtype = torch.promote_types(x.dtype, torch.get_autocast_dtype(device))
     if residual is not None and residual.dtype in low:
