@@ -25,10 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import train_rcan  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
-from training import picture_files  # noqa: E402
+from training import patches, picture_files  # noqa: E402
 
 from fastsr import memory  # noqa: E402
 from fastsr.bench import environment  # noqa: E402
@@ -109,7 +108,7 @@ def steps(count: int, keep: Callable[[dict[str, Any]], None]) -> None:
     free.load_state_dict(within.state_dict())
     plan = memory.plan(within, SHAPE, budget=BUDGET)
     plan.apply(within)
-    found = memory.measure(within, train_rcan.patches(pictures, args, 0)[0])
+    found = memory.measure(within, patches(pictures, args, 0)[0])
     result: dict[str, Any] = {
         "budget": BUDGET, "plan": str(plan), "predicted_peak": plan.memory.peak, "measured_peak": found.peak,
         "recompute": plan.recompute / plan.step, "input": SHAPE,
@@ -117,7 +116,7 @@ def steps(count: int, keep: Callable[[dict[str, Any]], None]) -> None:
     }  # fmt: skip
     runs = [(model, torch.optim.Adam(model.parameters(), lr=1e-4), suffix) for model, suffix in ((within, ""), (free, "_without_plan"))]
     for step in range(count):
-        small, large = train_rcan.patches(pictures, args, step)
+        small, large = patches(pictures, args, step)
         for model, optimizer, suffix in runs:
             start = time.perf_counter()
             loss = F.l1_loss(model(small), large)

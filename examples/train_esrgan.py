@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from training import patches, picture_files, progress, stoppable
+from training import found_checkpoint, large_pictures, patches, progress, run, stoppable
 
 import fastsr
 from fastsr.atomic import atomic_file
@@ -161,10 +158,7 @@ def _gan(logits: Tensor, real: bool) -> Tensor:
 def main() -> int:
     args = arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in picture_files(args.pictures)]
-    pictures = [picture for picture in pictures if min(picture.shape[:2]) >= args.patch * args.upscale]
-    if not pictures:
-        raise SystemExit(f"no picture has {args.patch * args.upscale} pixels on each side, which a patch of {args.patch} needs")
+    pictures = large_pictures(args)
     torch.manual_seed(args.seed)
     model = ESRGANModel(args, device)
     losses = resume(args, model)
@@ -213,20 +207,13 @@ def save(args: argparse.Namespace, model: ESRGANModel, losses: list[float]) -> N
 
 def resume(args: argparse.Namespace, model: ESRGANModel) -> list[float]:
     """Load the checkpoint if there is one; the losses of the steps that it has done."""
-    if not args.checkpoint.exists():
+    found = found_checkpoint(args, model.device)
+    if found is None:
         return []
-    found = torch.load(args.checkpoint, weights_only=True, map_location=model.device)
-    for name, value in found["options"].items():
-        if getattr(args, name) != value:
-            raise SystemExit(f"{args.checkpoint} was trained with --{name} {value}, and this run has {getattr(args, name)}")
     for name, part in model.state().items():
         part.load_state_dict(found[name])
     return list(found["losses"])
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint stays as it is", file=sys.stderr)
-        sys.exit(130)
+    run(main)

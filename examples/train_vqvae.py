@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from training import picture_files, progress, stoppable
+from training import found_checkpoint, picture_files, progress, run, stoppable
 
 from fastsr.atomic import atomic_file
 from fastsr.models import VQVAE, VQVAE2
@@ -135,12 +134,9 @@ def save(args: argparse.Namespace, model: torch.nn.Module, optimizer: torch.opti
 
 def resume(args: argparse.Namespace, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     """Load the checkpoint if there is one; the losses of the steps that it has done."""
-    if not args.checkpoint.exists():
+    found = found_checkpoint(args, next(model.parameters()).device)
+    if found is None:
         return []
-    found = torch.load(args.checkpoint, weights_only=True, map_location=next(model.parameters()).device)
-    for name, value in found["options"].items():
-        if getattr(args, name) != value:
-            raise SystemExit(f"{args.checkpoint} was trained with --{name} {value}, and this run has {getattr(args, name)}")
     model.load_state_dict(found["params"])
     optimizer.load_state_dict(found["optimizer"])
     return list(found["losses"])
@@ -197,8 +193,4 @@ def side_by_side(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint stays as it is", file=sys.stderr)
-        sys.exit(130)
+    run(main)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -41,6 +42,35 @@ def patches(pictures: list[np.ndarray], args: argparse.Namespace, step: int) -> 
         pairs.append((np.asarray(small), large))
     small, large = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255 for batch in zip(*pairs, strict=True))
     return small, large
+
+
+def large_pictures(args: argparse.Namespace) -> list[np.ndarray]:
+    """The training pictures from which a patch can be cut."""
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in picture_files(args.pictures)]
+    pictures = [picture for picture in pictures if min(picture.shape[:2]) >= args.patch * args.upscale]
+    if not pictures:
+        raise SystemExit(f"no picture has {args.patch * args.upscale} pixels on each side, which a patch of {args.patch} needs")
+    return pictures
+
+
+def found_checkpoint(args: argparse.Namespace, device: torch.device | str) -> dict[str, Any] | None:
+    """What the checkpoint holds, if there is one; a run with other options than those that it names is refused."""
+    if not args.checkpoint.exists():
+        return None
+    found: dict[str, Any] = torch.load(args.checkpoint, weights_only=True, map_location=device)
+    for name, value in found["options"].items():
+        if getattr(args, name) != value:
+            raise SystemExit(f"{args.checkpoint} was trained with --{name} {value}, and this run has {getattr(args, name)}")
+    return found
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with what `main` returns; a second Ctrl-C ends it in its step, with no traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint stays as it is", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager
