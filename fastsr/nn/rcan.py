@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from fastsr import ops
@@ -59,23 +58,21 @@ class RCAB(Freezable, Module):
             u = conv2(conv1(x, activation="relu", out=hidden))
             y = attention(u, x, self.res_scale)
             return y if out is None else out.copy_(y)
-        (weight1, weight2), (bias1, bias2) = self._convolutions(compute_dtype(x))
-        gate = attention.gate_parameters(compute_dtype(x))
+        dtype = compute_dtype(x)
+        bias1, bias2 = (scaled(conv.bias, conv.float16_scale, dtype) for conv in (conv1, conv2))
         return ops.rcab(
-            x, weight1, bias1, weight2, bias2, *gate,
+            x, conv1.weight, bias1, conv2.weight, bias2, *attention.gate_parameters(dtype),
             res_scale=self.res_scale, out=out, workspace=hidden, packed=self.packed, save=self.save, backend=self.backend,
         )  # fmt: skip
 
     @property
     def _parts(self) -> tuple[Conv3x3, Conv3x3, ChannelAttention]:
-        return self.rcab[0], self.rcab[2], self.rcab[3]  # type: ignore[return-value]
-
-    def _convolutions(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
-        convs = self._parts[:2]
-        return [conv.weight for conv in convs], [scaled(conv.bias, conv.float16_scale, dtype) for conv in convs]
+        conv1, _, conv2, attention = self.rcab
+        return conv1, conv2, attention  # type: ignore[return-value]
 
     def weights_to_pack(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        return self._convolutions(self._parts[0].weight.dtype)
+        convs = self._parts[:2]
+        return [conv.weight for conv in convs], [scaled(conv.bias, conv.float16_scale, conv.weight.dtype) for conv in convs]
 
     def parts_packed_here(self) -> Iterable[nn.Module]:
         return self._parts[:2]
