@@ -65,6 +65,8 @@ struct Block {
   int64_t done;  // pixels before this one have left the epilogue
   int tiles;
   bool plain;     // bias and activation alone
+  int vectors;    // of `finishes`
+  Finish<BFloat16> finishes[VECTORS];
   int64_t start[TILES];
   const char* tap[TILES][9];  // where each tap's pixels lie; null outside the image
   alignas(64) float sums[(TILES + 1) * kPixels * GROUP];
@@ -93,7 +95,6 @@ FASTSR_INLINE void finish_plain(const RowJob& job, const float* sums, int64_t co
 }
 
 // The epilogue of the next `count` pixels.
-template <class T>
 FASTSR_INLINE void finish_some(Block& block, int64_t count) {
   const RowJob& job = *block.job;
   const int64_t from = block.done, to = from + count < block.end ? from + count : block.end;
@@ -102,7 +103,7 @@ FASTSR_INLINE void finish_some(Block& block, int64_t count) {
   if (block.plain) {
     finish_plain(job, sums, from, to - from, block.o);
   } else {
-    finish<T>(job, sums, static_cast<int>(block.width), from, static_cast<int>(to - from), block.o);
+    for (int v = 0; v < block.vectors; ++v) finish(block.finishes[v], job, sums + v * LANES, block.width, from, static_cast<int>(to - from));
   }
   block.done = to;
 }
@@ -121,7 +122,7 @@ FASTSR_INLINE void fetch_some(const RowJob& job, const Block& block, int64_t dy,
 }
 
 // The sums of M tiles of pixels and N of outputs; the epilogue of the block before runs meanwhile, a few pixels at a time.
-template <class T, int M, int N>
+template <int M, int N>
 static __attribute__((noinline)) void multiply(const RowJob& job, Block& block, Block& before, const char* weights) {
   constexpr int64_t kWidth = N * 64, kChannels = 3 * kWidth;  // bytes of the outputs of one tap; from two channels to the next two
   const int64_t steps = job.conv->cin / kUnit, pixel = job.x_pixel * 2;
@@ -175,7 +176,7 @@ static __attribute__((noinline)) void multiply(const RowJob& job, Block& block, 
           }
         }
       }
-      finish_some<T>(before, share);
+      finish_some(before, share);
       fetch_some(job, block, dy, k, block.begin + (dy * steps + k) * places, places);
     }
   }
@@ -203,10 +204,9 @@ static void find_taps(const RowJob& job, int64_t column, const char** tap) {
   }
 }
 
-template <class T>
 static void rows(const RowJob* jobs, int64_t job_count) {
   static constexpr void (*kMultiply[2][TILES])(const RowJob&, Block&, Block&, const char*) = {
-      {&multiply<T, 1, 1>, &multiply<T, 2, 1>, &multiply<T, 3, 1>}, {&multiply<T, 1, 2>, &multiply<T, 2, 2>, &multiply<T, 3, 2>}};
+      {&multiply<1, 1>, &multiply<2, 1>, &multiply<3, 1>}, {&multiply<1, 2>, &multiply<2, 2>, &multiply<3, 2>}};
   Block blocks[2];
   blocks[1].job = jobs, blocks[1].done = blocks[1].end = 0;
   int turn = 0;
@@ -226,6 +226,7 @@ static void rows(const RowJob* jobs, int64_t job_count) {
         block.job = &job;
         block.tiles = static_cast<int>(tiles * (b + 1) / count - first);
         block.plain = plain && job.conv->cout - o >= GROUP;
+        block.vectors = block.plain ? 0 : epilogue_of(job, o, vectors, block.finishes);
         block.o = o, block.width = vectors * LANES;
         block.begin = block.done = job.begin + first * kPixels;
         block.end = block.begin + block.tiles * kPixels < job.end ? block.begin + block.tiles * kPixels : job.end;
@@ -235,11 +236,11 @@ static void rows(const RowJob* jobs, int64_t job_count) {
           find_taps(job, block.start[t], block.tap[t]);
         }
         kMultiply[vectors - 1][block.tiles - 1](job, block, before, weights);
-        finish_some<T>(before, before.end);
+        finish_some(before, before.end);
       }
     }
   }
-  finish_some<T>(blocks[turn ^ 1], blocks[turn ^ 1].end);
+  finish_some(blocks[turn ^ 1], blocks[turn ^ 1].end);
   _tile_release();
 }
 
@@ -253,8 +254,8 @@ static void gather_pixels(const char* from, int64_t stride, char* to, int64_t by
 }
 
 extern const Kernel bfloat16 = {
-    "bfloat16 tiles", Element::bf16, LANES, VECTORS, kUnit,
-    {nullptr, &rows<BFloat16>, nullptr},
+    "bfloat16 tiles", Element::bf16, LANES, VECTORS, kUnit, 0,
+    {nullptr, &rows, nullptr},
     {nullptr, &copy, nullptr}, &gather_pixels,
 };
 

@@ -28,7 +28,7 @@ struct Pairs {
 static void copy(const void* from, void* to, int64_t count) { __builtin_memcpy(to, from, count * sizeof(BFloat16)); }
 
 extern const Kernel bfloat16 = {
-    "bfloat16 pairs", Element::bf16, LANES, VECTORS, Pairs::kUnit,
+    "bfloat16 pairs", Element::bf16, LANES, VECTORS, Pairs::kUnit, LANES / 3,
     {nullptr, &rows<Pairs, BFloat16>, nullptr},
     {nullptr, &copy, nullptr}, nullptr,
 };

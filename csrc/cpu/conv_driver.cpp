@@ -25,6 +25,11 @@ int64_t bytes_of(Element type) { return type == Element::f32 ? 4 : 2; }
 // Output channels held in memory: whole groups, but the last group may be one vector narrower.
 int64_t padded_outputs(const Kernel& kernel, int64_t cout) { return round_up(cout, kernel.lanes); }
 
+// Values of the packed weights.
+int64_t packed_values(const Kernel& kernel, int64_t cout, int64_t inputs) {
+  return (cout <= kernel.few ? 3 : 9) * inputs * padded_outputs(kernel, cout);
+}
+
 // Packed position -> the tensor's output channel.
 int64_t source_channel(int64_t position, int64_t cout, int64_t r) {
   const int64_t per_pixel = cout / (r * r);
@@ -47,11 +52,13 @@ void pack_block(const Kernel& kernel, const PackedConv& conv, const WeightView& 
   const int64_t first = group * kernel.lanes * kernel.vectors;
   const int64_t width = std::min<int64_t>(kernel.lanes * kernel.vectors, padded_outputs(kernel, conv.cout) - first);
   To* to = reinterpret_cast<To*>(const_cast<char*>(conv.weights)) + first * 9 * conv.cin;
-  const int64_t tap = width * kUnit, tap_row = 3 * conv.cin * width;  // strides in the packed weights
+  const int64_t vectors = conv.abreast ? 1 : 3;  // of a tap row of one channel
+  const int64_t tap = (conv.abreast ? conv.cout : width) * kUnit, tap_row = vectors * conv.cin * width;  // strides in the packed weights
   for (int64_t c = begin; c < end; ++c) {
-    To* column = to + c / kUnit * 3 * tap + c % kUnit;
+    To* column = to + c / kUnit * vectors * width * kUnit + c % kUnit;
     const bool inside = c < channel + channels;
-    for (int64_t i = 0; i < width; ++i, column += kUnit) {
+    for (int64_t i = 0; conv.abreast && i < 3 * width; ++i) column[i / width * tap_row + i % width * kUnit] = To(0.f);
+    for (int64_t i = 0; i < (conv.abreast ? conv.cout : width); ++i, column += kUnit) {
       if (!inside || first + i >= conv.cout) {
         for (int64_t t = 0; t < 9; ++t) column[t / 3 * tap_row + t % 3 * tap] = To(0.f);
         continue;
@@ -103,16 +110,16 @@ void* Buffer::reserve(int64_t bytes) {
 
 int64_t packed_bytes(const Kernel& kernel, int64_t cout, int64_t cin) {
   const int64_t outputs = padded_outputs(kernel, cout), inputs = round_up(cin, kernel.unit);
-  return round_up(9 * inputs * outputs * bytes_of(kernel.operand), 64) + round_up(outputs * 4, 64) + round_up(inputs * 4, 64);
+  return round_up(packed_values(kernel, cout, inputs) * bytes_of(kernel.operand), 64) + round_up(outputs * 4, 64) + round_up(inputs * 4, 64);
 }
 
 PackedConv packed_conv(const Kernel& kernel, int64_t cout, int64_t cin, void* storage) {
   const int64_t outputs = padded_outputs(kernel, cout), inputs = round_up(cin, kernel.unit);
   PackedConv conv;
-  conv.cin = inputs, conv.cout = cout;
+  conv.cin = inputs, conv.cout = cout, conv.abreast = cout <= kernel.few;
   char* p = static_cast<char*>(storage);
   conv.weights = p;
-  p += round_up(9 * inputs * outputs * bytes_of(kernel.operand), 64);
+  p += round_up(packed_values(kernel, cout, inputs) * bytes_of(kernel.operand), 64);
   conv.bias = reinterpret_cast<float*>(p);
   p += round_up(outputs * 4, 64);
   conv.zeros = p;

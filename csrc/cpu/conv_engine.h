@@ -36,6 +36,7 @@ struct Epilogue {
 // Weights and bias in the order in which a kernel reads them (see `pack`).
 struct PackedConv {
   const char* weights = nullptr;  // [group][tap row][channels / u][tap column][output channels of the group][u], u = 4 / operand's size
+  bool abreast = false;           // instead [tap row][channels / u][a vector: tap column, output channel][u]
   const float* bias = nullptr;    // [output channels, padded to whole groups]
   const void* zeros = nullptr;    // a pixel's worth
   int64_t cin = 0;                // padded to the kernel's unit
@@ -70,6 +71,7 @@ struct Kernel {
   Element operand;     // of the input rows and weights that it reads
   int lanes, vectors;  // output channels of a vector, vectors of a group
   int unit;            // the number of input channels is padded to a multiple of it
+  int few;             // up to so many output channels have their weights abreast
   void (*rows[3])(const RowJob* jobs, int64_t count);          // of one convolution, in order; by the Element of output, mask and skips
   void (*read[3])(const void* from, void* to, int64_t count);  // turns values of an Element into operands
   // Only of kernels that read tiles of kEdge pixels with the zeros at the row's ends: lays `count` operand pixels of a padded

@@ -26,6 +26,10 @@
 //                                                          was fetched 2-3 ns  +4% / +3-8% at 160 of 192 channels, 0-6% at 64
 //   one part of all tiles of 4 or 8 before the next part   weights from L1 / 0.98-1.03 of v3: weights from L2 cost nothing: dropped
 //   fetches at every 16th step, not between the parts      smoother / 2-3% less when all is in L2: dropped
+//   v5 a function for what the epilogue reads, its fields  half the epilogue, which is 3.5% of a bfloat16 block
+//      found once a row and group, shuffled stores fetched / 2.5%; PixelShuffle's convolution 3% less
+//   v6 up to 5 outputs with their three taps abreast       14 of 36 multiply-adds / 64 -> 3 outputs at 512x512: float32 23 -> 10.5 ms,
+//                                                          bfloat16 11.7 -> 6.0 (two threads of a Zen 4)
 // Measured with variants in turn in one process on a shared machine, whose L3 latency changed between 49 and 144 ns.
 
 // What a step takes: one input channel in float32, or two in bfloat16. Both are four bytes.
@@ -47,6 +51,7 @@ struct TileInput {
   int64_t steps;       // per pixel
   const char* weights;
   const char* zeros;
+  int64_t outputs;   // abreast
   bool left, right;  // the tile holds the row's first, last pixel
   // Memory to be asked for meanwhile, some of its pixels before each part of the sum: of all at once, the loads of weights would wait.
   struct Fetch {
@@ -128,6 +133,44 @@ static __attribute__((noinline)) void tile(const TileInput& in, float* sums) {
   }
 }
 
+// The same for few outputs, whose three taps of a row fill one vector: each column is multiplied once for all three pixels that see it,
+// and a pixel's sum is gathered from three columns' vectors at the end.
+template <class Op, int P>
+static __attribute__((noinline)) void tile_abreast(const TileInput& in, float* sums) {
+  const int64_t s = in.pixel, chunks = (in.steps + CHUNK - 1) / CHUNK;
+  alignas(64) float columns[(P + 3) * LANES];  // of the columns -1 to P; one more vector for loads that end beyond
+  bool begun = false;
+  for (int64_t part = 0; part < 3 * chunks; ++part) {
+    const int64_t dy = part / chunks, begin = in.steps * (part % chunks) / chunks, end = in.steps * (part % chunks + 1) / chunks;
+    for (int i = 0; i < in.fetch_count; ++i) fetch(in.fetches[i], P * part / (3 * chunks), P * (part + 1) / (3 * chunks));
+    if (!in.row[dy]) continue;
+    Vector sum[P + 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < P + 2; ++i) sum[i] = set1(0.f);
+    const char *low = in.row[dy] + 4 * begin, *high = low + 6 * s;
+    const char* first = in.left ? in.zeros : low - s;
+    const char* last = in.right ? in.zeros : low + P * s;
+    const char* w = in.weights + (dy * in.steps + begin) * (LANES * 4);
+    for (int64_t k = begin; k < end; ++k) {
+      const typename Op::Operand weights = Op::weights(w);
+#pragma GCC unroll 16
+      for (int c = -1; c <= P; ++c) {
+        const char* p = c == -1 ? first : c == P ? last : c < 6 ? pixel_at(low, c, s, 3 * s, 5 * s) : pixel_at(high, c - 6, s, 3 * s, 5 * s);
+        sum[c + 1] = Op::multiply_add(Op::broadcast(p), weights, sum[c + 1]);
+      }
+      first += 4, low += 4, high += 4, last += 4, w += LANES * 4;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < P + 2; ++i) store(columns + i * LANES, begun ? add(load(columns + i * LANES), sum[i]) : sum[i]);
+    begun = true;
+  }
+  store(columns + (P + 2) * LANES, set1(0.f));
+  for (int i = 0; i < P; ++i) {
+    const float* c = columns + i * LANES;
+    store(sums + i * LANES, add(add(load(c), load(c + LANES + in.outputs)), load(c + 2 * (LANES + in.outputs))));
+  }
+}
+
 template <class T>
 FASTSR_INLINE const T* channel(const void* row, int64_t offset) {
   return row ? static_cast<const T*>(row) + offset : nullptr;
@@ -161,60 +204,113 @@ FASTSR_INLINE void scatter(T* p, const int64_t* lanes, Vector v, int count) {
   for (int i = 0; i < count; ++i) store_as(p + lanes[i], load_as(all + i, 1), 1);
 }
 
-// The epilogue of `pixels` pixels from `column` on, for the channels from `o` on; sums[pixel][stride].
+FASTSR_INLINE Vector activated(Vector y, float slope) {
+  return slope == 1.f ? y : slope == 0.f ? relu(y) : where_positive(y, y, mul(y, set1(slope)));
+}
+
+FASTSR_INLINE Vector masked(Vector y, Vector mask, float slope) { return where_positive(mask, y, slope == 0.f ? set1(0.f) : mul(y, set1(slope))); }
+
+// The epilogue of one vector of channels of a row: what it reads and writes, from column 0 on.
 template <class T>
-static __attribute__((noinline)) void finish(const RowJob& job, const float* sums, int stride, int64_t column, int pixels, int64_t o) {
-  const Epilogue e = job.epilogue;
-  const Vector scale2 = set1(e.scale2), slope = set1(e.slope), zero = set1(0.f);
-  const int64_t out_pixel = job.out_pixel;
-  const bool plain = e.scale == 1.f && e.scale2 == 1.f && !e.gate && !e.mask && !e.skip && !e.skip2, linear = e.slope == 1.f, relu_ = e.slope == 0.f;
-  for (int c = 0; c < stride && o + c < job.conv->cout; c += LANES) {
-    const int64_t left = job.conv->cout - o - c;
-    const int count = left < LANES ? static_cast<int>(left) : LANES;
-    const Vector bias = load(job.conv->bias + o + c);
-    const Vector scale = e.gate ? mul(set1(e.scale), load(e.gate + o + c)) : set1(e.scale);
-    int64_t out_offset = o + c, skip_offset = o + c;
-    const int64_t* out_lanes = scattered(e.out_lanes, o + c, count, &out_offset);
-    const int64_t* skip_lanes = scattered(e.skip_lanes, o + c, count, &skip_offset);
-    T* out = static_cast<T*>(job.out) + out_offset + column * out_pixel;
-    const float* sum = sums + c;
-    if (plain && !out_lanes && count == LANES) {  // the common case, without a branch per pixel
-      for (int i = 0; i < pixels; ++i, sum += stride, out += out_pixel) {
-        Vector y = add(load(sum), bias);
-        y = linear ? y : relu_ ? relu(y) : where_positive(y, y, mul(y, slope));
-        store_as(out, y, LANES);
-      }
-      continue;
+struct Finish {
+  Vector bias, scale;
+  T* out;
+  const T *mask, *skip, *skip2;
+  int count;                              // channels, fewer than LANES in the last vector
+  const int64_t *out_lanes, *skip_lanes;  // null where the channels lie side by side
+};
+
+// Those of the channels from `o` on of a group of so many vectors; returns how many there are.
+template <class T>
+FASTSR_INLINE int epilogue_of(const RowJob& job, int64_t o, int vectors, Finish<T>* to) {
+  const Epilogue& e = job.epilogue;
+  int n = 0;
+  for (; n < vectors && o < job.conv->cout; ++n, o += LANES) {
+    const int64_t left = job.conv->cout - o;
+    Finish<T>& f = to[n];
+    f.count = left < LANES ? static_cast<int>(left) : LANES;
+    int64_t out_offset = o, skip_offset = o;
+    f.out_lanes = scattered(e.out_lanes, o, f.count, &out_offset), f.skip_lanes = scattered(e.skip_lanes, o, f.count, &skip_offset);
+    f.out = static_cast<T*>(job.out) + out_offset;
+    f.mask = channel<T>(e.mask, o), f.skip = channel<T>(e.skip, skip_offset), f.skip2 = channel<T>(e.skip2, o);
+    f.bias = load(job.conv->bias + o);
+    f.scale = e.gate ? mul(set1(e.scale), load(e.gate + o)) : set1(e.scale);
+  }
+  return n;
+}
+
+enum Reads { kMask = 1, kSkip = 2, kSkip2 = 4 };
+
+// A whole vector whose channels lie side by side, for `pixels` pixels from `column` on; what it reads is known, so that no pixel branches.
+template <class T, int reads>
+static void finish_vector(const Finish<T>& f, const RowJob& job, const float* sum, int64_t stride, int64_t column, int pixels) {
+  const Epilogue& e = job.epilogue;
+  const float slope = e.slope;
+  const int64_t out_pixel = job.out_pixel, mask_pixel = e.mask_pixel, skip_pixel = e.skip_pixel, skip2_pixel = e.skip2_pixel;
+  const Vector bias = f.bias, scale = f.scale, scale2 = set1(e.scale2);
+  T* out = f.out + column * out_pixel;
+  const T* mask = reads & kMask ? f.mask + column * mask_pixel : nullptr;
+  const T* skip = reads & kSkip ? f.skip + column * skip_pixel : nullptr;
+  const T* skip2 = reads & kSkip2 ? f.skip2 + column * skip2_pixel : nullptr;
+  for (int i = 0; i < pixels; ++i) {
+    Vector y = add(load(sum), bias);
+    y = reads & kMask ? masked(y, load_as(mask, LANES), slope) : activated(y, slope);
+    y = mul(y, scale);
+    if (reads & kSkip) y = add(y, load_as(skip, LANES));
+    y = reads & kSkip2 ? fma(y, scale2, load_as(skip2, LANES)) : mul(y, scale2);
+    store_as(out, y, LANES);
+    sum += stride, out += out_pixel;
+    if (reads & kMask) mask += mask_pixel;
+    if (reads & kSkip) skip += skip_pixel;
+    if (reads & kSkip2) skip2 += skip2_pixel;
+  }
+}
+
+// The same for fewer channels than a vector has, or such as do not lie side by side.
+template <class T>
+static void finish_part(const Finish<T>& f, const RowJob& job, const float* sum, int64_t stride, int64_t column, int pixels) {
+  const Epilogue& e = job.epilogue;
+  for (int64_t x = column; x < column + pixels; ++x, sum += stride) {
+    Vector y = add(load(sum), f.bias);
+    y = f.mask ? masked(y, load_as(f.mask + x * e.mask_pixel, f.count), e.slope) : activated(y, e.slope);
+    y = mul(y, f.scale);
+    if (f.skip) {
+      const T* p = f.skip + x * e.skip_pixel;
+      y = add(y, f.skip_lanes ? gather(p, f.skip_lanes, f.count) : load_as(p, f.count));
     }
-    const T* skip = channel<T>(e.skip, skip_offset + column * e.skip_pixel);
-    const T* skip2 = channel<T>(e.skip2, o + c + column * e.skip2_pixel);
-    const T* mask = channel<T>(e.mask, o + c + column * e.mask_pixel);
-    for (int i = 0; i < pixels; ++i, sum += stride, out += out_pixel) {
-      Vector y = add(load(sum), bias);
-      if (mask) {
-        y = where_positive(load_as(mask + i * e.mask_pixel, count), y, relu_ ? zero : mul(y, slope));
-      } else {
-        y = linear ? y : relu_ ? relu(y) : where_positive(y, y, mul(y, slope));
-      }
-      y = mul(y, scale);
-      if (skip) {
-        const T* p = skip + i * e.skip_pixel;
-        y = add(y, skip_lanes ? gather(p, skip_lanes, count) : load_as(p, count));
-      }
-      if (e.scale2 != 1.f || skip2) y = skip2 ? fma(y, scale2, load_as(skip2 + i * e.skip2_pixel, count)) : mul(y, scale2);
-      if (out_lanes) {
-        scatter(out, out_lanes, y, count);
-      } else {
-        store_as(out, y, count);
-      }
+    y = f.skip2 ? fma(y, set1(e.scale2), load_as(f.skip2 + x * e.skip2_pixel, f.count)) : mul(y, set1(e.scale2));
+    T* out = f.out + x * job.out_pixel;
+    if (f.out_lanes) {
+      scatter(out, f.out_lanes, y, f.count);
+    } else {
+      store_as(out, y, f.count);
     }
   }
 }
 
-// The tile function for a number of pixels.
+template <class T>
+FASTSR_INLINE void finish(const Finish<T>& f, const RowJob& job, const float* sum, int64_t stride, int64_t column, int pixels) {
+  static constexpr void (*kVector[])(const Finish<T>&, const RowJob&, const float*, int64_t, int64_t, int) = {
+      &finish_vector<T, 0>, &finish_vector<T, 1>, &finish_vector<T, 2>, &finish_vector<T, 3>,
+      &finish_vector<T, 4>, &finish_vector<T, 5>, &finish_vector<T, 6>, &finish_vector<T, 7>};
+  const bool whole = f.count == LANES && !f.out_lanes && !f.skip_lanes;
+  const int reads = (f.mask ? kMask : 0) | (f.skip ? kSkip : 0) | (f.skip2 ? kSkip2 : 0);
+  (whole ? kVector[reads] : &finish_part<T>)(f, job, sum, stride, column, pixels);
+}
+
+template <class Op, int P, int V>
+constexpr auto tile_function() {
+  if constexpr (V == 0) {
+    return &tile_abreast<Op, P>;
+  } else {
+    return &tile<Op, P, V>;
+  }
+}
+
+// The tile function for a number of pixels; no vectors (of outputs) stands for few outputs abreast.
 template <class Op, int V>
 FASTSR_INLINE void run_tile(int pixels, const TileInput& in, float* sums) {
-#define FASTSR_TILE(p) &tile<Op, p <= PIXELS ? p : PIXELS, V>
+#define FASTSR_TILE(p) tile_function<Op, p <= PIXELS ? p : PIXELS, V>()
   static constexpr void (*kTiles[])(const TileInput&, float*) = {
       FASTSR_TILE(1), FASTSR_TILE(2), FASTSR_TILE(3), FASTSR_TILE(4),  FASTSR_TILE(5),  FASTSR_TILE(6),
       FASTSR_TILE(7), FASTSR_TILE(8), FASTSR_TILE(9), FASTSR_TILE(10), FASTSR_TILE(11), FASTSR_TILE(12)};
@@ -223,20 +319,23 @@ FASTSR_INLINE void run_tile(int pixels, const TileInput& in, float* sums) {
 }
 
 template <class T>
-FASTSR_INLINE void add_fetch(TileInput& in, const void* row, int64_t pixel, int64_t offset, int64_t channels, bool write) {
+FASTSR_INLINE void add_fetch(TileInput& in, const T* row, int64_t pixel, int64_t column, int64_t channels, bool write) {
   constexpr int64_t kSize = sizeof(T);
-  if (row) in.fetches[in.fetch_count++] = {static_cast<const char*>(row) + offset * kSize, pixel * kSize, channels * kSize, write};
+  if (row) in.fetches[in.fetch_count++] = {reinterpret_cast<const char*>(row + column * pixel), pixel * kSize, channels * kSize, write};
 }
 
-// What the epilogue will read and write of the channels from `o` on.
+// What the epilogue will read and write of a group's `count` vectors, if their channels lie side by side.
 template <class T>
-FASTSR_INLINE void add_epilogue_fetches(TileInput& in, const RowJob& job, int64_t column, int64_t o, int64_t channels) {
+FASTSR_INLINE void add_epilogue_fetches(TileInput& in, const RowJob& job, const Finish<T>* f, int count, int64_t column) {
   const Epilogue& e = job.epilogue;
-  if (!job.cold || e.out_lanes || e.skip_lanes) return;
-  add_fetch<T>(in, job.out, job.out_pixel, column * job.out_pixel + o, channels, true);
-  add_fetch<T>(in, e.skip, e.skip_pixel, column * e.skip_pixel + o, channels, false);
-  add_fetch<T>(in, e.skip2, e.skip2_pixel, column * e.skip2_pixel + o, channels, false);
-  add_fetch<T>(in, e.mask, e.mask_pixel, column * e.mask_pixel + o, channels, false);
+  const int64_t channels = count * LANES;
+  if (!job.cold) return;
+  const bool whole = !f->out_lanes && f[count - 1].out - f->out == channels - LANES;
+  const bool whole_skip = !f->skip_lanes && f[count - 1].skip - f->skip == channels - LANES;
+  if (whole) add_fetch<T>(in, f->out, job.out_pixel, column, channels, true);
+  if (whole_skip) add_fetch<T>(in, f->skip, e.skip_pixel, column, channels, false);
+  add_fetch<T>(in, f->skip2, e.skip2_pixel, column, channels, false);
+  add_fetch<T>(in, f->mask, e.mask_pixel, column, channels, false);
 }
 
 template <class Op, class T>
@@ -246,23 +345,30 @@ FASTSR_INLINE void row(const RowJob& job) {
   const int64_t tiles = (count + PIXELS - 1) / PIXELS, wide = count % tiles;
   const int narrow = static_cast<int>(count / tiles);
   alignas(64) float sums[PIXELS * GROUP];
+  Finish<T> finishes[VECTORS];
   TileInput in;
   in.pixel = job.x_pixel * (4 / Op::kUnit);
   in.steps = job.conv->cin / Op::kUnit;
   in.zeros = static_cast<const char*>(job.conv->zeros);
+  in.outputs = job.conv->cout;
   for (int64_t o = 0; o < job.conv->cout; o += GROUP) {
     const int vectors = job.conv->cout - o > LANES ? VECTORS : 1;  // the last group may be narrower
+    const int finish_count = epilogue_of(job, o, vectors, finishes);
     in.weights = job.conv->weights + o * 9 * in.steps * 4;
     int64_t column = job.begin;
     for (int64_t t = 0; t < tiles; ++t) {
       const int pixels = narrow + (t < wide);
       for (int dy = 0; dy < 3; ++dy) in.row[dy] = job.x[dy] ? static_cast<const char*>(job.x[dy]) + column * in.pixel : nullptr;
       in.fetch_count = 0;
-      if (o == 0) add_fetch<T>(in, job.ahead, job.ahead_pixel, column * job.ahead_pixel, job.conv->cin, false);
-      add_epilogue_fetches<T>(in, job, column, o, vectors * LANES);
+      if (o == 0) add_fetch<T>(in, static_cast<const T*>(job.ahead), job.ahead_pixel, column, job.conv->cin, false);
+      add_epilogue_fetches<T>(in, job, finishes, finish_count, column);
       in.left = column == 0, in.right = column + pixels == job.width;
-      vectors == 1 ? run_tile<Op, 1>(pixels, in, sums) : run_tile<Op, VECTORS>(pixels, in, sums);
-      finish<T>(job, sums, vectors * LANES, column, pixels, o);
+      if (job.conv->abreast) {
+        run_tile<Op, 0>(pixels, in, sums);
+      } else {
+        vectors == 1 ? run_tile<Op, 1>(pixels, in, sums) : run_tile<Op, VECTORS>(pixels, in, sums);
+      }
+      for (int v = 0; v < finish_count; ++v) finish(finishes[v], job, sums + v * LANES, vectors * LANES, column, pixels);
       column += pixels;
     }
   }

@@ -8,7 +8,7 @@ namespace fastsr::cpu::portable {
 #include "cpu/conv_kernel.h"
 
 extern const Kernel float32 = {
-    "float32", Element::f32, LANES, VECTORS, 1,
+    "float32", Element::f32, LANES, VECTORS, 1, LANES / 3,
     {&rows<Floats, float>, &rows<Floats, BFloat16>, &rows<Floats, Half>},
     {&read<float>, &read<BFloat16>, &read<Half>}, nullptr,
 };

@@ -51,7 +51,7 @@ def fused_call(x, weight, bias, residual, *, backend, options):
 CASES = [
     (case, epilogue, cout)
     for case, epilogue, cout in zip(
-        adversarial_cases(channels=(1, 3, 64, 33)), itertools.cycle(EPILOGUES), itertools.cycle((32, 3, 64, 1, 20)), strict=False
+        adversarial_cases(channels=(1, 3, 64, 33)), itertools.cycle(EPILOGUES), itertools.cycle((32, 3, 64, 1, 20, 5, 6, 2)), strict=False
     )
 ]
 
