@@ -3,8 +3,8 @@
     python benchmarks/readme.py       (make report)
 
 Reads every `cpu-*.json` and `gpu-*.json` in benchmarks/results/, writes docs/benchmarks/ (report.md, plots), and replaces what stands
-between the markers in README.md (a line for each case) and in docs/benchmarks.md (what is lost). No figure is typed by hand. Of a
-case that several files of one machine hold, both show the newest run.
+between the markers in README.md (a line for each case, its newest run) and in docs/benchmarks.md (what is lost on any machine, in a
+machine's newest run of the case). No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ou
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
 
-#: Of a case on a machine the newest row of ours, and all timed rows beside it.
+#: Of a case on a machine the newest row of ours, and all timed rows beside it; the newest run last.
 Newest = dict[tuple[str, str], tuple[Row, list[Row]]]
 
 HEADINGS = ("case", "machine", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
@@ -68,6 +68,7 @@ def newest_of(runs: Sequence[Mapping[str, Any]]) -> Newest:
     for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
         for (case, mode), group in groups(run["results"]).items():
             if mode in ("wall", "cold") and (mine := ours(group)) is not None:
+                found.pop((case, machine_of(run)), None)  # the order is that of the runs
                 found[case, machine_of(run)] = (mine, group)
     return found
 
@@ -82,7 +83,8 @@ def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
     machines = sorted({machine_of(run) for run in runs})
     letters = {machine: string.ascii_uppercase[i] for i, machine in enumerate(machines)}
     figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
-    lines = [_line(case, letters[machine], mine, group) for (case, machine), (mine, group) in sorted(newest.items())]
+    latest = {case: _line(case, letters[machine], *rows) for (case, machine), rows in newest.items()}
+    lines = [latest[case] for case in sorted(latest)]
     cases = {id(mine) for mine, _ in _losses(newest)}
     said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} cases"
     where = " ([which](docs/benchmarks.md))." if cases else "."
