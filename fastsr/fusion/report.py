@@ -20,10 +20,18 @@ from fastsr.memory.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """What a block costs for each pixel of its input, in bytes: kept for backward, and read or written by operators in forward."""
+    """What a block costs for each pixel of its input, in bytes, and in operators.
+
+    Attributes:
+        saved: bytes kept for backward.
+        moved, stepped: bytes read or written by operators in forward, and in forward and backward.
+        calls: operators that a forward calls.
+    """
 
     saved: float
     moved: float
+    stepped: float
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class Row:
         name: of the module; "" is the model itself.
         kind: of the block, as its family calls it.
         fused: whether its forward was swapped.
-        reason: why not; "" where it was fused.
-        before, after: predicted costs; None where it was not fused, or where they were not predicted.
+        reason: why not, or why it runs fused in training alone; "" where it always does.
+        before, after: predicted costs, with its own code and fused; None where it is no such block, or where they cannot be predicted.
     """
 
     name: str
@@ -130,17 +138,18 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return f"{type(self.model).__name__}: nothing to fuse; no block looks like one that fastsr's operators compute"
-        lines = [["block", "kind", "", "kept a pixel", "moved a pixel"]]
+        lines = [["block", "kind", "", "kept a pixel", "moved, forward", "moved, step", "operators"]]
         alike: dict[Any, list[Row]] = {}
         for row in self.rows:
             alike.setdefault(_likeness(row), []).append(row)
         for (where, kind, fused, reason, before, after), rows in alike.items():
             name = f"{where} ({len(rows)})" if len(rows) > 1 else rows[0].name or "the model"
-            costs = ["", ""]
+            costs = [""] * 4
             if before is not None and after is not None:
-                costs = [f"{before.saved:.0f} -> {after.saved:.0f} B", f"{before.moved:.0f} -> {after.moved:.0f} B"]
-            lines.append([name, kind, "fused" if fused else f"left: {reason}", *costs])
-        widths = [max(len(line[k]) for line in lines) for k in range(5)]
+                pairs = ((before.saved, after.saved), (before.moved, after.moved), (before.stepped, after.stepped))
+                costs = [*(f"{a:.0f} -> {b:.0f} B" for a, b in pairs), f"{before.calls} -> {after.calls}"]
+            lines.append([name, kind, f"fused {reason}".rstrip() if fused else f"left: {reason}", *costs])
+        widths = [max(len(line[k]) for line in lines) for k in range(7)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         head = f"{type(self.model).__name__}: {len(self.fused)} of {len(self.rows)} blocks fused"
         return "\n".join([head, *table, *([str(self.measured)] if self.measured else [])])

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from fastsr.backends import Backend
 from fastsr.fusion.families import Fusion
 from fastsr.fusion.structure import unchanged, watch
+from fastsr.nn import needs_grad
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -27,6 +28,7 @@ class FusedForward:
     The block's own forward runs when
 
         - it is called with more than one tensor or with an option that is not its default;
+        - it gains in training alone, and no gradient is asked for;
         - the tensor is one that the operators do not take (float64, complex, a subclass);
         - a part that would be skipped has got hooks or another forward, or a number or a layer has changed since the proof;
         - a graph is exported or traced (`torch.export`, ONNX, `torch.jit.trace`, `torch.fx`), or functorch or forward-mode AD is on.
@@ -34,8 +36,8 @@ class FusedForward:
     It goes along with `deepcopy` and pickling: the copy's refers to the copy.
     """
 
-    def __init__(self, module: nn.Module, fusion: Fusion, backend: Backend) -> None:
-        self.module, self.fusion, self.backend = module, fusion, backend
+    def __init__(self, module: nn.Module, fusion: Fusion, backend: Backend, training_only: bool) -> None:
+        self.module, self.fusion, self.backend, self.training_only = module, fusion, backend, training_only
         self.watched = watch(fusion.watched(module))
         self.enabled = True
         signature = inspect.signature(type(module).forward)
@@ -51,6 +53,8 @@ class FusedForward:
     def applies(self, x: Any) -> bool:
         """True if the fused forward runs on `x`."""
         if not self.enabled or type(x) not in _PLAIN or _transformed():
+            return False
+        if self.training_only and not needs_grad(self.module, x):
             return False
         return unchanged(self.fusion.watched(self.module), self.watched) and self.fusion.takes(self.module, x)
 
@@ -86,9 +90,9 @@ def forward_of(module: nn.Module) -> FusedForward | None:
     return forward if isinstance(forward, FusedForward) else None
 
 
-def swap(module: nn.Module, fusion: Fusion, backend: Backend) -> FusedForward:
-    """Give `module` its fused forward."""
-    forward = FusedForward(module, fusion, backend)
+def swap(module: nn.Module, fusion: Fusion, backend: Backend, training_only: bool = False) -> FusedForward:
+    """Give `module` its fused forward; with `training_only` it runs where a gradient is asked for."""
+    forward = FusedForward(module, fusion, backend, training_only)
     module.__dict__.update(forward=forward, _replicate_for_data_parallel=forward.replicate)
     if fusion.flag and not hasattr(module, "save"):
         module.__dict__["save"] = "all"

@@ -62,7 +62,7 @@ def test_nothing_to_fuse(layers):
 def test_children_that_are_not_fused_are_called_and_those_that_are_may_get_hooks():
     seen = []
     model = nn.Sequential(conv(4, 8), nn.ReLU(), AttentionTail(), nn.Tanh())
-    report = fastsr.fuse_(model)
+    report = fastsr.fuse_(model, backend="compiled")  # by name also the CAB
     assert report.fused == ("", "2")
     x = random_tensor((1, 4, 5, 5), torch.float32, 0)
     expected = fastsr.unfuse_(copy.deepcopy(model))(x)

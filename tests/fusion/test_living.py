@@ -75,6 +75,19 @@ def test_filter():
     assert [row.reason for row in report.rows if row.name == "body.0.rdb2"] == ["filter_fn left it out"]
 
 
+def test_filter_is_asked_once_for_each_module():
+    model, asked = esrgan(), []
+    fastsr.fuse_(model, lambda module, name: asked.append((name, module)) is not None)
+    assert len(asked) == len({name for name, _ in asked})
+    assert all(model.get_submodule(name) is module for name, module in asked)
+    assert {"", "body", "body.0", "body.0.rdb1", "body.0.rdb1.conv1", "conv_last"} <= {name for name, _ in asked}
+
+
+def test_an_error_of_the_filter_is_the_caller_s():
+    with pytest.raises(KeyError, match="conv_first"):
+        fastsr.fuse_(esrgan(), lambda module, name: {"": False}[name])
+
+
 def test_context():
     model = esrgan()
     fastsr.fuse_(model.body[0].rdb1)

@@ -256,9 +256,10 @@ def match_wired(module: nn.Module) -> Candidate | None:
                 raise Refused(f"{'.'.join(path)} has hooks, which fusing would silence")
     whole = _fused(module, graph, chains)
     conv, run = part(module, chains[0].conv), chains[0].run
-    layers: list[nn.Module] = [nn.Upsample(scale_factor=2)] if run.upsample == 2 else []
-    layers += [conv, nn.LeakyReLU(run.negative_slope), nn.PixelShuffle(run.pixel_shuffle)]
-    at = len(layers) - 3
+    at = int(run.upsample == 2)
+    layers: list[nn.Module] = [nn.Upsample(scale_factor=2)] * at + [conv]
+    layers += [nn.LeakyReLU(run.negative_slope)] * (run.negative_slope != 1)
+    layers += [nn.PixelShuffle(run.pixel_shuffle)] * (run.pixel_shuffle > 1)
     alone = Run(0, len(layers), at, *(run.upsample, run.negative_slope, run.pixel_shuffle))
 
     def hypotheses(probe: Probe) -> Iterator[Convolutions]:
