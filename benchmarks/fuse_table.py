@@ -4,15 +4,18 @@
                                                 names may follow: only those are measured again
     python benchmarks/fuse_table.py             write the table again from the file
 
-Random weights, published sizes. The model with its own code and fused run in turns; medians. Memory is that of a training step.
+Random weights, published widths and depths. The model with its own code and fused run in turns; medians. Memory is that of a training step.
+Blocks that `fuse_` would fuse for training alone, or not at all, because they gain nothing are fused by naming the backend, and marked.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import string
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +43,19 @@ SHAPES = {
     "RestoreFormer's quantiser": (4, 256, 32, 32),
     "CodeFormer's quantiser": (4, 256, 32, 32),
     "FeMaSR's quantiser": (4, 512, 32, 32),
+    "squeeze-and-excitation alone": (4, 64, 128, 128),
     "seresnet18": (4, 3, 128, 128),
     "mobilenetv3_small_050": (4, 3, 128, 128),
     "regnety_002": (4, 3, 128, 128),
     "efficientnet_b0": (4, 3, 128, 128),
     "ese_vovnet19b_dw": (4, 3, 128, 128),
     "VectorQuantize": (4, 1024, 256),
-    "VQModel": (1, 3, 64, 64),
+    "VQModel": (1, 3, 32, 32),
 }
 
 
-#: How long a mode is measured, about.
-SECONDS = 6.0
+#: How long a mode is measured, about; slow networks take longer.
+SECONDS = 4.0
 
 
 def declare_torchvision() -> Any:
@@ -72,6 +76,7 @@ def measure_one(package: str, name: str) -> dict[str, Any]:
     import torch
 
     import fastsr
+    from fastsr.fusion.costs import IN_TRAINING, NO_GAIN
     from tests.peers.networks import NETWORKS
 
     library = declare_torchvision()
@@ -82,13 +87,13 @@ def measure_one(package: str, name: str) -> dict[str, Any]:
         if isinstance(m, torch.nn.Embedding):  # codes as far apart as trained ones: else rounding alone chooses between them
             torch.nn.init.normal_(m.weight)
     report = fastsr.fuse_(model)
-    kinds: dict[str, int] = {}
-    for row in report.rows:
-        if row.fused:
-            kinds[row.kind] = kinds.get(row.kind, 0) + 1
-    found: dict[str, Any] = {"package": package, "name": name, "shape": x.shape, "kinds": kinds}
+    left = {row.kind for row in report.rows if row.reason in (IN_TRAINING, NO_GAIN)}
+    if left:
+        report = fastsr.fuse_(fastsr.unfuse_(model), backend="compiled")
+    kinds = Counter(row.kind for row in report.rows if row.fused)
+    found: dict[str, Any] = {"package": package, "name": name, "shape": x.shape, "kinds": kinds, "by_name": sorted(left & {*kinds})}
     for mode in ("inference", "training"):
-        model.train(mode == "training")
+        model.train(mode == "training").requires_grad_(mode == "training")  # memory is measured where there are gradients
         m = report.measure(x, training=mode == "training", repeats=1)
         repeats = max(2, min(25, int(SECONDS / sum(m.seconds))))  # short ones often: their medians are to tell a few percent
         m = report.measure(x, training=mode == "training", repeats=repeats)
@@ -101,7 +106,7 @@ def measure_one(package: str, name: str) -> dict[str, Any]:
 
 def measure(only: list[str]) -> None:
     """All networks whose package is there, or only some."""
-    from fastsr.bench import environment
+    from fastsr.bench import environment, results
     from tests.peers.networks import NETWORKS
 
     rows = json.loads(RESULTS.read_text())["rows"] if only else []
@@ -113,24 +118,29 @@ def measure(only: list[str]) -> None:
             if run.returncode:
                 print(f"{name}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 continue
-            rows = [row for row in rows if row["name"] != name] + [json.loads(run.stdout.splitlines()[-1])]
-            print(name, rows[-1]["inference"]["seconds"], flush=True)
-            RESULTS.write_text(json.dumps({"environment": environment.record(2), "rows": rows}, indent=1) + "\n")
+            found, here = json.loads(run.stdout.splitlines()[-1]), environment.record(2)
+            found["machine"] = results.machine(here)
+            rows = [row for row in rows if row["name"] != name] + [found]
+            print(name, found["inference"]["seconds"], found["training"]["seconds"], flush=True)
+            rows.sort(key=lambda row: list(SHAPES).index(row["name"]))
+            RESULTS.write_text(json.dumps({"environment": here, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = "| network | input | fused | forward, ms | training step, ms | saved for backward, MB | largest difference |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    machines = sorted({row["machine"].split("; ")[0] for row in rows})
+    head = "| network | input | fused | forward, ms | training step, ms | saved for backward, MB | largest difference | machine |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
+        kinds = ", ".join(f"{count} {kind}" + " (by name)" * (kind in row["by_name"]) for kind, count in row["kinds"].items())
         times = [_change([s * 1e3 for s in row[mode]["seconds"]]) for mode in ("inference", "training")]
         saved = _change([b / 1e6 for b in row["saved"]]) if "saved" in row else ""
         found = row["inference"]
         relative = "not measured" if found["difference"] is None else f"{found['difference'] / max(found['scale'], 1e-30):.0e}"
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(f"| {row['name']} | {shape} | {kinds} | {' | '.join(times)} | {saved} | {relative} |")
-    return "\n".join(lines)
+        shape, letter = "x".join(map(str, row["shape"])), string.ascii_uppercase[machines.index(row["machine"].split("; ")[0])]
+        lines.append(f"| {row['name']} | {shape} | {kinds} | {' | '.join(times)} | {saved} | {relative} | {letter} |")
+    named = "; ".join(f"{letter}: {machine}" for letter, machine in zip(string.ascii_uppercase, machines, strict=False))
+    return "\n".join([*lines, "", f"Machines: {named}."])
 
 
 def _change(pair: list[float]) -> str:

@@ -64,6 +64,11 @@ def timm(name: str) -> Callable[[str], nn.Module]:
     return lambda size: importlib.import_module("timm").create_model(name, pretrained=False, num_classes=10)
 
 
+def timm_attention(size: str) -> nn.Module:
+    """timm's squeeze-and-excitation by itself."""
+    return importlib.import_module("timm.layers").SEModule(64)
+
+
 def vq_model(size: str) -> nn.Module:
     channels = (16, 32) if size == "small" else (128, 256)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -86,6 +91,10 @@ RDB, ATTENTION, CONVOLUTIONS, QUANTIZER = "residual dense block", "channel atten
 PLUS = "residual dense block of ESRGAN+"
 ESRGAN = "spandrel:ESRGAN.__arch.RRDB:RRDBNet"
 WINDOWS = {"img_size": 16, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 8, "upscale": 2, "upsampler": "pixelshuffle"}
+WIDE = {
+    **{"img_size": 64, "embed_dim": 180, "depths": (6,) * 6, "num_heads": (6,) * 6, "mlp_ratio": 2},
+    **{"upscale": 4, "upsampler": "pixelshuffle"},
+}
 
 #: Module of the package that must be there -> name -> network
 NETWORKS: dict[str, dict[str, Network]] = {
@@ -102,17 +111,25 @@ NETWORKS: dict[str, dict[str, Network]] = {
             frozenset({"RCAB", CONVOLUTIONS}),
         ),
         "HAT": Network(
-            spandrel("spandrel:HAT.__arch.HAT:HAT", {**WINDOWS, "overlap_ratio": 0.5, "squeeze_factor": 6}),
+            spandrel(
+                "spandrel:HAT.__arch.HAT:HAT",
+                {**WINDOWS, "overlap_ratio": 0.5, "squeeze_factor": 6},
+                {**WIDE, "window_size": 16},
+            ),
             frozenset({"CAB"}),
             (1, 3, 16, 16),
         ),
         "DRCT": Network(
-            spandrel("spandrel:DRCT.__arch.drct_arch:DRCT", {**WINDOWS, "gc": 8}),
+            spandrel("spandrel:DRCT.__arch.drct_arch:DRCT", {**WINDOWS, "gc": 8}, {**WIDE, "window_size": 16}),
             frozenset({CONVOLUTIONS}),
             (1, 3, 16, 16),
         ),
         "SwinIR, real-world": Network(
-            spandrel("spandrel:SwinIR.__arch.SwinIR:SwinIR", {**WINDOWS, "upscale": 4, "upsampler": "nearest+conv"}),
+            spandrel(
+                "spandrel:SwinIR.__arch.SwinIR:SwinIR",
+                {**WINDOWS, "upscale": 4, "upsampler": "nearest+conv"},
+                {**WIDE, "window_size": 8, "upsampler": "nearest+conv"},
+            ),
             frozenset({CONVOLUTIONS}),
             (1, 3, 16, 16),
         ),
@@ -122,6 +139,11 @@ NETWORKS: dict[str, dict[str, Network]] = {
                 {
                     **{"img_size": 16, "embed_dim": 24, "depths": [2], "num_heads_window": [2], "num_heads_stripe": [2], "upscale": 2},
                     **{"stripe_size": [8, 8], "local_connection": True, "upsampler": "pixelshuffle", "anchor_window_down_factor": 2},
+                },
+                {
+                    **{"embed_dim": 180, "depths": [4, 4, 8, 8, 8, 4, 4], "num_heads_window": [3] * 7, "num_heads_stripe": [3] * 7},
+                    **{"mlp_ratio": 2.0, "upscale": 4, "stripe_size": [16, 16], "anchor_window_down_factor": 2},
+                    **{"local_connection": True, "upsampler": "pixelshuffle"},
                 },
             ),
             frozenset({"CAB", CONVOLUTIONS}),
@@ -176,6 +198,7 @@ NETWORKS: dict[str, dict[str, Network]] = {
         ),
     },
     "timm": {
+        "squeeze-and-excitation alone": Network(timm_attention, frozenset({ATTENTION}), (2, 64, 9, 11)),
         "seresnet18": Network(timm("legacy_seresnet18"), frozenset({ATTENTION}), (2, 3, 64, 64)),
         "mobilenetv3_small_050": Network(timm("mobilenetv3_small_050"), frozenset({ATTENTION}), (2, 3, 64, 64)),
         "regnety_002": Network(timm("regnety_002"), frozenset({ATTENTION}), (2, 3, 64, 64)),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastsr
+from fastsr.fusion.costs import IN_TRAINING
 from fastsr.weights import KNOWN
 from tests.harness import random_tensor
-from tests.peers.networks import NETWORKS, Network
+from tests.peers.networks import ATTENTION, NETWORKS, Network
 
 CASES = [(package, name) for package, networks in NETWORKS.items() for name in networks]
 
@@ -50,6 +51,8 @@ def test_fused_networks_agree(network):
     model = network.built().eval()
     plain, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     report = fastsr.fuse_(model)
+    assert {row.kind for row in report.rows if row.reason == IN_TRAINING} <= {ATTENTION, "CAB"}, report
+    report = fastsr.fuse_(fastsr.unfuse_(model), backend="compiled")  # in inference too
     assert network.kinds <= {row.kind for row in report.rows if row.fused}, report
     assert not network.left or any(network.left in row.reason for row in report.rows), report
     for key, tensor in model.state_dict().items():
