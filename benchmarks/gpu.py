@@ -44,6 +44,7 @@ def steps(device: str = "cuda") -> list[Any]:
 
     sanitizer = toolkit_program("compute-sanitizer")
     pytest = (python, "-m", "pytest", "-vv", "--tb=short", "--maxfail=50")
+    convolving = [f"tests/ops/test_{op}.py" for op in ("conv3x3", "dense_block", "rcab")]
     triton = ("--runner", "triton", "--runner", "eager channels-last")
     dtypes = ("--dtype", "bfloat16", "--dtype", "float32", "--dtype", "float16")
     build = {**here, "FASTSR_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(min(16, os.cpu_count() or 1)))}
@@ -53,10 +54,13 @@ def steps(device: str = "cuda") -> list[Any]:
         script("limits", "copy, matrix product, L2 reads, graph nodes, clusters", 150, "limits.py"),
         script("wgmma", "shifted descriptors in a swizzled tile; rate with M = 64", 90, "wgmma.py"),
         script("hopper", "kernels behind FASTSR_HOPPER=1: exact, and how fast", 120, "hopper.py"),
+        script("conv", "wgmma's convolutions: exact, which tile, against mma.sync and cuDNN", 330, "conv.py"),
+        Step("tests of wgmma", (*pytest, *convolving), 240, "convolutions with FASTSR_HOPPER=1", cuda_tests | {"FASTSR_HOPPER": "1"}),
         script("graphs", "CUDA graph capture and replay, side streams, every op", 120, "graphs.py"),
         script("graphed", "fastsr.cuda_graph on whole networks: exact, and how fast", 120, "graphed.py"),
         Step("tests of graphs", (*pytest, "tests/graphs"), 120, "fastsr.cuda_graph with real graphs", cuda_tests),
         script("attention", "channel attention: two passes, one by clusters, eager", 120, "attention.py"),
+        script("sums", "sums over the rows of each code: sorted, by atomics", 90, "sums.py"),
         # Verbose: the last name in the output is the test that hung.
         Step("tests of ops", (*pytest, "tests/ops"), 420, "every op, compiled and Triton, on the GPU", cuda_tests),
         bench("triton", "every Triton kernel: right, and how fast", 300, "ops", "--quick", *triton, *dtypes),

@@ -22,6 +22,9 @@ from fastsr.bench.steps import NOTHING_TO_DO
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 CSRC = NATIVE.parent.parent / "csrc"
 
+#: How nvcc compiles a probe. Its kernels may be the library's own, whose headers take torch's for their error messages.
+PROBE_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}")
+
 
 class Result(dict[str, Any]):
     """A step's findings, written to the step's file at every `save`."""
@@ -83,7 +86,7 @@ def build_probe(name: str) -> Path:
     number = f"{major}{minor}{'a' if major >= 9 else ''}"
     program = Path(tempfile.mkdtemp(prefix="fastsr-probe-")) / name
     source = NATIVE / f"{name}.cu"
-    command = [nvcc, "-O3", "-std=c++17", f"-I{CSRC}", f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
+    command = [nvcc, *PROBE_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(program), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed: {done.stderr[-1500:]}")

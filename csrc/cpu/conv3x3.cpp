@@ -27,7 +27,7 @@ std::vector<int64_t> shuffled_lanes(const Conv3x3Args& a, const fastsr::Pixels& 
 const char* offset(const void* data, int64_t elements, int64_t size) { return static_cast<const char*>(data) + elements * size; }
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, Tensor out,
-             double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle, std::optional<Tensor> packed) {
+             double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle, std::optional<Tensor> packed, bool /* tf32: a GPU's */) {
   const Conv3x3Args a = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
   const Element type = element_of(x.scalar_type(), "conv3x3");
   if (a.batch * a.height * a.width * a.cout == 0) return;

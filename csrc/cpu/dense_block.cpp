@@ -61,7 +61,8 @@ void fill_prefix(const Tensor& x, const Plane& to, int64_t channels, Element typ
 }
 
 void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
-                 std::optional<Tensor> workspace, Tensor out, double negative_slope, double res_scale, double residual_scale, std::optional<Tensor> packed) {
+                 std::optional<Tensor> workspace, Tensor out, double negative_slope, double res_scale, double residual_scale,
+                 std::optional<Tensor> packed, bool /* tf32: a GPU's */) {
   const DenseBlockShape s = dense_block_shape(x, weights, x.size(1), true);
   check_pixel_major(x, x, x.size(1), "x");
   if (workspace) check_pixel_major(*workspace, x, s.channels, "workspace");
@@ -82,7 +83,8 @@ void dense_block(Tensor x, std::vector<Tensor> weights, std::vector<std::optiona
   walk(chain);
 }
 
-void dense_block_features(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, Tensor workspace, double negative_slope) {
+void dense_block_features(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, Tensor workspace, double negative_slope,
+                          bool /* tf32 */) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
   check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
@@ -148,7 +150,7 @@ void fill_scaled(const Tensor& grad, const Plane& to, float factor) {
 
 void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> weights, Tensor grad_workspace, std::optional<Tensor> dx,
                           std::vector<Tensor> dweights, std::vector<Tensor> dbiases, double negative_slope, double res_scale,
-                          double residual_scale) {
+                          double residual_scale, bool /* tf32 */) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, grad.size(1), true);
   check_pixel_major(workspace, grad, s.channels, "workspace");
   check_pixel_major(grad, workspace, grad.size(1), "grad");

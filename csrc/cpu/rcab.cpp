@@ -137,7 +137,7 @@ GateWeights gate_of(const Tensor& x, const Tensor& weight1, const Tensor& down_w
 
 void rcab(Tensor x, Tensor weight1, std::optional<Tensor> bias1, Tensor weight2, std::optional<Tensor> bias2, Tensor down_weight,
           std::optional<Tensor> down_bias, Tensor up_weight, std::optional<Tensor> up_bias, Tensor hidden, Tensor sums, Tensor attention,
-          Tensor out, double res_scale, std::optional<Tensor> packed) {
+          Tensor out, double res_scale, std::optional<Tensor> packed, bool /* tf32: a GPU's */) {
   const Block b(rcab_shape(x, weight1, weight2, hidden, sums, attention), x);
   const auto [batch, features, channels, height, width] = b.shape;
   check_rcab_pixels(out, x, features, "out");
@@ -270,7 +270,7 @@ void attention_backward(const Block& b, Attention& a, const GateWeights& gate, c
 
 void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor attention, Tensor weight1, Tensor weight2, std::optional<Tensor> bias2,
                    Tensor down_weight, std::optional<Tensor> down_bias, Tensor up_weight, Tensor grad_hidden, std::optional<Tensor> dx,
-                   std::vector<Tensor> gradients, double res_scale) {
+                   std::vector<Tensor> gradients, double res_scale, bool /* tf32 */) {
   const Block b(rcab_shape(x, weight1, weight2, hidden, sums, attention), x);
   const auto [batch, features, channels, height, width] = b.shape;
   check_rcab_pixels(grad, x, features, "grad");

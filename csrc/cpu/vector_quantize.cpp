@@ -190,8 +190,8 @@ void segment_sums(const View<T>& x, const View<T>* minuend, const Rows& rows, in
   });
 }
 
-void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, Tensor quantized, Tensor indices, Tensor loss,
-                     Tensor counts, Tensor sums, std::optional<Tensor> distances) {
+void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, bool /* one form serves */, Tensor quantized, Tensor indices,
+                     Tensor loss, Tensor counts, Tensor sums, std::optional<Tensor> distances) {
   const char* op = "vector_quantize";
   const VqShape s = vector_quantize_shape(x, codebook, mask, quantized, indices, loss, counts, sums, distances);
   nearest_codes(vq_problem(x, codebook, s, cosine, indices, distances, op));
@@ -275,7 +275,8 @@ void vector_quantize_dx(std::optional<Tensor> grad, std::optional<Tensor> commit
   });
 }
 
-void vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized, Tensor indices, std::optional<Tensor> mask, Tensor dcodebook) {
+void vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized, Tensor indices, std::optional<Tensor> mask,
+                               bool /* one form serves */, Tensor dcodebook) {
   const char* op = "vector_quantize_dcodebook";
   const VqShape s = vq_shape(x, dcodebook, op);
   check_like(quantized, x, op, "quantized");

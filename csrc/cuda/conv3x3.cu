@@ -12,7 +12,7 @@ namespace {
 
 const char* const kOp = "conv3x3";
 
-template <class T>
+template <class Products, class T>
 void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& residual, const Tensor& out) {
   Conv3x3Call<T> call{};
@@ -26,18 +26,19 @@ void run(const Conv3x3Args& args, const Tensor& x, const Tensor& weight, const s
   call.negative_slope = args.negative_slope, call.scale = args.scale, call.scale2 = 1.0f;
 
   const Launcher launch(x);
-  // From torch's allocator on the current stream: safe across streams and under graph capture.
-  Tensor packed = torch::stable::new_empty(x, {packed_size<ExactProducts<T>>(call, is_wide(weight, x))});
-  pack_and_convolve<ExactProducts<T>>(launch, call, parameter<T>(weight, x),
-                                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}, parameter<T>(bias, x),
-                                 bias ? bias->stride(0) : 0, static_cast<T*>(packed.mutable_data_ptr()));
+  const Scratch allocate(x);
+  call.stacked = stacked_outputs<T>(launch, call.x, call.cin, call.cout, call.upsample);
+  const int64_t packed = packed_size<Products>(call, is_wide(weight, x));
+  pack_and_convolve<Products>(launch, call, parameter<T>(weight, x), {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+                              parameter<T>(bias, x), bias ? bias->stride(0) : 0,
+                              static_cast<T*>(allocate(packed * static_cast<int64_t>(sizeof(T)))));
 }
 
 void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
              const Tensor& out, double negative_slope, double scale, int64_t upsample, int64_t pixel_shuffle,
-             const std::optional<Tensor>& /* packed: only the CPU has frozen weights */) {
+             const std::optional<Tensor>& /* packed: only the CPU has frozen weights */, bool tf32) {
   const Conv3x3Args args = conv3x3_args(x, weight, bias, residual, out, negative_slope, scale, upsample, pixel_shuffle);
-  with_element_type(x, kOp, [&]<class T>(T) { run<T>(args, x, weight, bias, residual, out); });
+  with_products(x, tf32, kOp, [&]<class Products, class T>(Products, T) { run<Products, T>(args, x, weight, bias, residual, out); });
 }
 
 }  // namespace
@@ -47,6 +48,7 @@ template void pack_weights(const Launcher&, const std::vector<PackPart<float>>&,
 template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
 template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
 template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
+template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<float>&);
 template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
 template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
 

@@ -28,133 +28,18 @@
 //   float32  A100 0.33 ms / not measured yet       H100 0.10 ms / not measured yet
 #pragma once
 
+#include <algorithm>
+
+#include "cuda/conv3x3_epilogue.cuh"
 #include "cuda/conv3x3_pack.cuh"
+#include "cuda/hopper/conv3x3.cuh"
 
 namespace fastsr::cuda {
-
-// y = scale2 * (scale * factors * f(convolution + bias) + skip) + skip2, all of y's shape; f is LeakyReLU or, where a mask is given,
-// the product with LeakyReLU's derivative at the sign of the mask's values.
-template <class T>
-struct Conv3x3Call {
-  ImageView<const T> x;
-  const T* packed;  // weights, laid out for the product that convolves
-  const T* bias;    // may be null
-  int64_t bias_stride;
-  ImageView<const T> mask, skip, skip2;
-  ImageView<T> out;
-  int64_t batch;
-  int cin, cout;      // cout counts channels before PixelShuffle
-  int height, width;  // of the convolution's output before PixelShuffle
-  int upsample, pixel_shuffle;
-  float negative_slope, scale, scale2;
-  const float* factors;  // [batch][cout], or null for ones; without PixelShuffle only
-};
-
-// What may look at the values of y as they are stored; a sink is made for one tile. All threads of a block call begin before the first
-// value is put and finish after the last one; PixelShuffle and sinks do not go together.
-struct NoSink {
-  __device__ __forceinline__ void begin() const {}
-  template <class P>
-  __device__ __forceinline__ void put(const P& /* channels side by side */, int /* y */, int /* x */, int /* channel */) const {}
-  __device__ __forceinline__ void finish(const TilePosition&, int /* height */, int /* width */, int /* cout */) const {}
-};
-
-struct MakeNoSink {
-  template <class Tile>
-  NoSink operator()() const { return {}; }
-};
-
-// From sums to y.
-template <class T, class Sink>
-struct Conv3x3Epilogue {
-  ImageView<const T> mask, skip, skip2;
-  ImageView<T> out;
-  int cout, pixel_shuffle;
-  float negative_slope, scale, scale2;
-  const float* factors;
-  bool vectors;  // 16-byte runs of channels lie in one pixel of y and start at multiples of 16 bytes
-  Sink sink;
-
-  __device__ __forceinline__ float activate(float v) const {
-    if (negative_slope == 0.0f) return v <= 0.0f ? 0.0f : v;  // this way round, NaN stays
-    return v > 0.0f ? v : v * negative_slope;
-  }
-
-  template <int RUN>
-  __device__ __forceinline__ void operator()(const float (&sums)[RUN], int64_t image, int y, int x, int channel) const {
-    constexpr int kPack = RUN * sizeof(T) < 16 ? RUN : 16 / sizeof(T);
-#pragma unroll
-    for (int first = 0; first < RUN; first += kPack) {
-      if (vectors && channel + first + kPack <= cout) {
-        store<kPack>(sums + first, image, y, x, channel + first);
-      } else {
-        // A rolled loop that picks its value: unrolled, this rare path would be most of the kernel's code.
-        const int count = min(kPack, cout - channel - first);
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          float sum = sums[first];
-#pragma unroll
-          for (int other = 1; other < kPack; ++other) sum = i == other ? sums[first + other] : sum;
-          store<1>(&sum, image, y, x, channel + first + i);
-        }
-      }
-    }
-  }
-
-  // COUNT channels that lie side by side in one pixel of y.
-  template <int COUNT>
-  __device__ __forceinline__ void store(const float* sums, int64_t image, int y, int x, int channel) const {
-    if (pixel_shuffle != 1) {
-      const int per_pixel = cout / (pixel_shuffle * pixel_shuffle), sub = channel / per_pixel;
-      y = y * pixel_shuffle + sub / pixel_shuffle, x = x * pixel_shuffle + sub % pixel_shuffle;
-      channel -= sub * per_pixel;
-    }
-    float v[COUNT];
-    if (mask.data) {
-      const auto saved = load<COUNT>(mask, image, y, x, channel);
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) v[i] = to_float(saved.v[i]) > 0.0f ? sums[i] : sums[i] * negative_slope;
-    } else {
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) v[i] = activate(sums[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] *= factors ? scale * factors[image * cout + channel + i] : scale;
-    if (skip.data) {
-      const auto other = load<COUNT>(skip, image, y, x, channel);
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) v[i] += to_float(other.v[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] *= scale2;
-    if (skip2.data) {
-      const auto other = load<COUNT>(skip2, image, y, x, channel);
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) v[i] += to_float(other.v[i]);
-    }
-    Pack<T, COUNT> result;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) result.v[i] = from_float<T>(v[i]);
-    *reinterpret_cast<Pack<T, COUNT>*>(out.at(image, y, x) + channel) = result;
-    sink.put(result, y, x, channel);
-  }
-
-  template <int COUNT>
-  __device__ __forceinline__ Pack<T, COUNT> load(const ImageView<const T>& view, int64_t image, int y, int x, int channel) const {
-    return *reinterpret_cast<const Pack<T, COUNT>*>(view.at(image, y, x) + channel);
-  }
-};
-
-template <class T>
-struct ConvBias {
-  const T* data;  // may be null
-  int64_t stride;
-};
 
 template <class T, class Tile, class Sink>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     conv3x3_kernel(ConvInput<T> input, ConvWeights<T> weights, ConvBias<T> bias, Conv3x3Epilogue<T, Sink> epilogue) {
-  const TilePosition tile = tile_position<Tile>(input.height, input.width, weights.columns);
+  const TilePosition tile = tile_position<Tile>(blockIdx.x, input.height, input.width, weights.columns);
   ConvProduct<T, Tile> product;
   product.for_each_run([&](int, int, int first, auto& sums) {
 #pragma unroll
@@ -164,78 +49,59 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
       sums[i] = present ? to_float(bias.data[shuffled_source(channel, epilogue.cout, epilogue.pixel_shuffle) * bias.stride]) : 0.0f;
     }
   });
-  for_each_chunk<Tile>(input, weights, tile,
-                       [&](const unsigned char* halo, const unsigned char* taps) { product.multiply(halo, taps); });
+  constexpr int kBytes = std::max(Tile::shared_bytes, Sink::template shared_bytes<Tile>);
+  for_each_chunk<Tile, kBytes>(input, weights, tile,
+                               [&](const unsigned char* halo, const unsigned char* taps) { product.multiply(halo, taps); });
   epilogue.sink.begin();
   product.for_each_run([&](int row, int column, int first, const auto& sums) {
     if (tile.y + row < input.height && tile.x + column < input.width) {
-      epilogue(sums, tile.image, tile.y + row, tile.x + column, tile.column + first);
+      epilogue(sums, tile.image, tile.y + row, tile.x + column, tile.column + first, epilogue.sink);
     }
   });
   epilogue.sink.finish(tile, input.height, input.width, epilogue.cout);
 }
 
-// Columns of a tile: few for the last layers (3 channels), else whatever of 64 and 32 pads less; wider reuses the halo more.
-inline int conv3x3_tile_columns(int cout) {
-  if (cout <= 16) return 16;
-  return (cout + 63) / 64 * 64 > (cout + 31) / 32 * 32 ? 32 : 64;
-}
-
-// How products are computed, and with which tile for a number of columns.
-struct TensorCores {  // bf16, f16; float32 rounded to tf32
-  template <class Visit>
-  static auto with_tile(int cout, Visit visit) {
-    switch (conv3x3_tile_columns(cout)) {
-      case 64: return visit(ConvTile<16, 64, 256, 2, 2>{});
-      case 32: return visit(ConvTile<16, 32, 128, 4, 2>{});
-      default: return visit(ConvTile<16, 16, 128, 4, 2>{});
-    }
-  }
-};
-struct FusedMultiplyAdds {  // float32 with IEEE products
-  template <class Visit>
-  static auto with_tile(int cout, Visit visit) {
-    switch (conv3x3_tile_columns(cout)) {
-      case 64: return visit(ConvTile<8, 64, 128, 2, 1>{});
-      case 32: return visit(ConvTile<8, 32, 128, 3, 1>{});
-      default: return visit(ConvTile<8, 16, 128, 4, 1>{});
-    }
-  }
-};
-template <class T>
-using ExactProducts = std::conditional_t<std::is_same_v<T, float>, FusedMultiplyAdds, TensorCores>;
-
+// `stacked` as Conv3x3Call's.
 template <class Products>
-PackedLayout packed_layout(int cout) {
+PackedLayout packed_layout(int cout, int stacked) {
+  if (stacked) return hopper::packed_layout(cout, stacked);
   return Products::with_tile(cout, [&]<class Tile>(Tile) {
-    return PackedLayout{(cout + Tile::columns - 1) / Tile::columns * Tile::columns, Tile::group, Tile::pair};
+    return PackedLayout{(cout + Tile::columns - 1) / Tile::columns * Tile::columns, Tile::group, Tile::pair, 0};
   });
 }
 
-template <class Products, class T>
-int64_t tiles_of_image(const Conv3x3Call<T>& call) {
-  return Products::with_tile(call.cout, [&]<class Tile>(Tile) {
-    return static_cast<int64_t>((call.height + Tile::rows - 1) / Tile::rows) * ((call.width + kTileWidth - 1) / kTileWidth);
-  });
+// Conv3x3Call::stacked of a convolution that reads `channels` channels of x, where kernels for sm_90a can run or not.
+template <class T, class Launch>
+int stacked_outputs(const Launch& launch, ImageView<const T> x, int channels, int cout, int upsample = 1) {
+  const int columns = conv3x3_tile_columns(cout);
+  const bool can = sizeof(T) == 2 && launch.hopper() && upsample == 1 && columns > 16 && hopper::can_read(x, channels);
+  return can ? hopper::kProductRows / columns : 0;
+}
+
+template <class Products, class T, class Launch>
+int64_t tiles_of_image(const Launch& launch, const Conv3x3Call<T>& call) {
+  const auto count = [&]<class Tile>(Tile) { return tiles_of<Tile>(call.height, call.width); };
+  if constexpr (sizeof(T) == 2) {
+    if (call.stacked) return hopper::with_tile(launch.multiprocessors(), call, count);
+  }
+  return Products::with_tile(call.cout, count);
 }
 
 // Convolves with packed weights. launch(kernel, blocks, threads, shared bytes, arguments...) starts a kernel; make_sink<Tile>() is told
 // of what is stored.
 template <class Products, class T, class Launch, class MakeSink>
 void convolve_into(const Launch& launch, const Conv3x3Call<T>& call, MakeSink make_sink) {
+  if constexpr (sizeof(T) == 2) {
+    if (call.stacked) return hopper::convolve_into(launch, call, make_sink);
+  }
   Products::with_tile(call.cout, [&]<class Tile>(Tile) {
-    const int columns = packed_layout<Products>(call.cout).columns, r = call.pixel_shuffle;
-    const bool whole_runs = r == 1 || call.cout / (r * r) % (16 / static_cast<int>(sizeof(T))) == 0;
-    const bool vectors = whole_runs && call.out.starts_at_16_bytes() && call.mask.starts_at_16_bytes() && call.skip.starts_at_16_bytes() &&
-                         call.skip2.starts_at_16_bytes();  // a view of nothing does
+    const int columns = packed_layout<Products>(call.cout, 0).columns;
     const auto sink = make_sink.template operator()<Tile>();
     using Sink = std::decay_t<decltype(sink)>;
-    const int64_t blocks = call.batch * tiles_of_image<Products>(call) * (columns / Tile::columns);
-    launch(conv3x3_kernel<T, Tile, Sink>, blocks, Tile::threads, Tile::shared_bytes,
-           ConvInput<T>{call.x, call.cin, call.height, call.width, call.upsample - 1, call.x.starts_at_16_bytes()},
-           ConvWeights<T>{call.packed, columns}, ConvBias<T>{call.bias, call.bias_stride},
-           Conv3x3Epilogue<T, Sink>{call.mask, call.skip, call.skip2, call.out, call.cout, r, call.negative_slope, call.scale, call.scale2,
-                                    call.factors, vectors, sink});
+    const int64_t blocks = call.batch * tiles_of<Tile>(call.height, call.width) * (columns / Tile::columns);
+    launch(conv3x3_kernel<T, Tile, Sink>, blocks, Tile::threads, std::max(Tile::shared_bytes, Sink::template shared_bytes<Tile>),
+           ConvInput<T>{call.x, call.cin, call.height, call.width, call.upsample - 1, call.x.starts_at_16_bytes(), call.scaling},
+           ConvWeights<T>{call.packed, columns}, ConvBias<T>{call.bias, call.bias_stride}, epilogue_of(call, sink));
   });
 }
 
@@ -244,10 +110,10 @@ void convolve(const Launch& launch, const Conv3x3Call<T>& call) {
   convolve_into<Products>(launch, call, MakeNoSink{});
 }
 
-// Elements of the buffer that pack_and_convolve fills.
+// Elements of the buffer that pack_and_convolve fills; call.stacked is that of stacked_outputs.
 template <class Products, class T>
 int64_t packed_size(const Conv3x3Call<T>& call, bool wide) {
-  return packed_layout<Products>(call.cout).template size<T>(call.cin) + (wide ? call.cout : 0);
+  return packed_layout<Products>(call.cout, call.stacked).template size<T>(call.cin) + (wide ? call.cout : 0);
 }
 
 // Packs the weights into `packed` and convolves. A wide bias is packed too; call.bias is not looked at.
@@ -255,9 +121,9 @@ template <class Products, class T, class Launch>
 void pack_and_convolve(const Launch& launch, Conv3x3Call<T> call, const Parameter<T>& weight, const WeightStrides& strides,
                        const Parameter<T>& bias, int64_t bias_stride, T* packed) {
   if (call.batch == 0) return;
-  const int span = (call.cin + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
-  const PackedLayout layout = packed_layout<Products>(call.cout);
-  std::vector<PackPart<T>> parts{{weight, strides, 0, layout, 0, call.cin, span, call.cout, call.pixel_shuffle, 0}};
+  const PackedLayout layout = packed_layout<Products>(call.cout, call.stacked);
+  const int span = layout.template padded<T>(call.cin);
+  std::vector<PackPart<T>> parts{{weight, strides, 0, layout, call.cin, 0, call.cin, span, call.cout, call.pixel_shuffle, 0}};
   call.bias = static_cast<const T*>(bias.data), call.bias_stride = bias_stride;
   if (bias.data && bias.wide) {
     const int64_t offset = layout.template size<T>(call.cin);

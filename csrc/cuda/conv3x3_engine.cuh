@@ -30,7 +30,7 @@ constexpr int kChunk = kRowBytes / sizeof(T);  // input channels of a stage
 // What a block owns: ROWS x 16 pixels x COLUMNS output columns. A thread holds PAIR neighbouring columns of each group of 8.
 template <int ROWS_, int COLUMNS_, int THREADS_, int BLOCKS_, int PAIR_>
 struct ConvTile {
-  static constexpr int rows = ROWS_, columns = COLUMNS_, threads = THREADS_;
+  static constexpr int rows = ROWS_, width = kTileWidth, columns = COLUMNS_, threads = THREADS_;
   static constexpr int blocks = BLOCKS_;  // blocks per multiprocessor that the registers must leave room for
   static constexpr int pair = PAIR_;
   static constexpr int group = pair == 2 && columns > 32 ? 32 : columns;  // columns that are permuted among themselves
@@ -72,6 +72,15 @@ struct ImageView {
   }
 };
 
+// v -> factor * factors[image][channel] * v + shifts[image][channel].
+struct ChannelScaling {
+  float factor;
+  const float *factors, *shifts;  // null for ones and for zeros; both null for nothing to do
+  __device__ __forceinline__ float operator()(float v, int64_t vector) const {
+    return fmaf(v, factors ? factor * factors[vector] : factor, shifts ? shifts[vector] : 0.0f);
+  }
+};
+
 template <class T>
 struct ConvInput {
   ImageView<const T> image;
@@ -79,6 +88,7 @@ struct ConvInput {
   int height, width;  // of the convolution: twice those of the data where it reads them enlarged
   int halvings;       // 1 where it does, else 0
   bool vectors;       // every pixel's channels start at a multiple of 16 bytes
+  ChannelScaling scaling = {};  // of what is read, rounded; what lies outside the image stays zero
 };
 
 // Packed weights: [chunk][tap][column][kChunk], zero where channel or column does not exist.
@@ -91,16 +101,23 @@ struct ConvWeights {
 struct TilePosition {
   int64_t image;
   int y, x, column;
+  unsigned number;  // of the tile of pixels, through all images
 };
 
 // Column blocks of one tile are neighbours in the grid: they share its halo in L2.
 template <class Tile>
-__device__ __forceinline__ TilePosition tile_position(int height, int width, int columns) {
+__device__ __forceinline__ TilePosition tile_position(unsigned block, int height, int width, int columns) {
   const unsigned column_blocks = columns / Tile::columns;
-  const unsigned across = (width + kTileWidth - 1) / kTileWidth, down = (height + Tile::rows - 1) / Tile::rows;
-  const unsigned block = blockIdx.x, tile = block / column_blocks;
-  return {tile / (across * down), static_cast<int>(tile / across % down) * Tile::rows, static_cast<int>(tile % across) * kTileWidth,
-          static_cast<int>(block % column_blocks) * Tile::columns};
+  const unsigned across = (width + Tile::width - 1) / Tile::width, down = (height + Tile::rows - 1) / Tile::rows;
+  const unsigned tile = block / column_blocks;
+  return {tile / (across * down), static_cast<int>(tile / across % down) * Tile::rows, static_cast<int>(tile % across) * Tile::width,
+          static_cast<int>(block % column_blocks) * Tile::columns, tile};
+}
+
+// Tiles of one image.
+template <class Tile>
+int64_t tiles_of(int height, int width) {
+  return static_cast<int64_t>((height + Tile::rows - 1) / Tile::rows) * ((width + Tile::width - 1) / Tile::width);
 }
 
 // Byte offset of 16-byte half 0 or 1 of a stage's row.
@@ -131,6 +148,24 @@ __device__ __forceinline__ void load_pixels(unsigned char* rows, const ConvInput
   }
 }
 
+// Scales what this thread has copied by load_pixels of the same arguments, once it is there.
+template <int HEIGHT, int WIDTH, int THREADS, class T>
+__device__ __forceinline__ void scale_pixels(unsigned char* rows, const ConvInput<T>& input, int64_t image, int top, int left, int chunk) {
+  constexpr int kUnit = 16 / sizeof(T);
+#pragma unroll 1
+  for (int unit = threadIdx.x; unit < HEIGHT * WIDTH * 2; unit += THREADS) {
+    const int pixel = unit / 2, half = unit % 2;
+    const int y = top + pixel / WIDTH, x = left + pixel % WIDTH;
+    const int channel = chunk * kChunk<T> + half * kUnit;
+    if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
+    auto* values = reinterpret_cast<T*>(rows + row_offset(pixel, half));
+#pragma unroll 1
+    for (int i = 0; i < min(kUnit, input.channels - channel); ++i) {
+      values[i] = from_float<T>(input.scaling(to_float(values[i]), image * input.channels + channel + i));
+    }
+  }
+}
+
 template <class Tile, class T>
 __device__ __forceinline__ void load_weights(unsigned char* stage, const ConvWeights<T>& weights, int first_column, int chunk) {
   const char* source = reinterpret_cast<const char*>(weights.packed) +
@@ -143,11 +178,11 @@ __device__ __forceinline__ void load_weights(unsigned char* stage, const ConvWei
   }
 }
 
-// Runs multiply(halo, weights) over all chunks, the next chunk's copies in flight meanwhile.
-template <class Tile, class T, class Multiply>
+// Runs multiply(halo, weights) over all chunks, the next chunk's copies in flight meanwhile. BYTES of shared memory hold the stages.
+template <class Tile, int BYTES, class T, class Multiply>
 __device__ __forceinline__ void for_each_chunk(const ConvInput<T>& input, const ConvWeights<T>& weights, const TilePosition& tile,
                                                Multiply multiply) {
-  unsigned char* shared = dynamic_shared<Tile::shared_bytes>();
+  unsigned char* shared = dynamic_shared<BYTES>();
   const int chunks = (input.channels + kChunk<T> - 1) / kChunk<T>;
   auto load = [&](int chunk) {
     unsigned char* stage = shared + chunk % 2 * Tile::stage_bytes;
@@ -158,6 +193,10 @@ __device__ __forceinline__ void for_each_chunk(const ConvInput<T>& input, const 
   load(0);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_copies<0>();
+    if (input.scaling.factors || input.scaling.shifts) {
+      unsigned char* stage = shared + chunk % 2 * Tile::stage_bytes;
+      scale_pixels<Tile::rows + 2, kHaloWidth, Tile::threads>(stage, input, tile.image, tile.y - 1, tile.x - 1, chunk);
+    }
     // One barrier per chunk: this chunk is there for every thread, and the other stage is read no more.
     __syncthreads();
     if (chunk + 1 < chunks) load(chunk + 1);
@@ -283,5 +322,35 @@ struct FmaProduct {
 // A thread of the tensor cores' product holds pairs of neighbouring columns, one of the other's single ones.
 template <class T, class Tile>
 using ConvProduct = std::conditional_t<Tile::pair == 2, MmaProduct<T, Tile>, FmaProduct<Tile>>;
+
+// Columns of a tile: few for the last layers (3 channels), else whatever of 64 and 32 pads less; wider reuses the halo more.
+inline int conv3x3_tile_columns(int cout) {
+  if (cout <= 16) return 16;
+  return (cout + 63) / 64 * 64 > (cout + 31) / 32 * 32 ? 32 : 64;
+}
+
+// How products are computed, and with which tile for a number of columns.
+struct TensorCores {  // bf16, f16; float32 rounded to tf32
+  template <class Visit>
+  static auto with_tile(int cout, Visit visit) {
+    switch (conv3x3_tile_columns(cout)) {
+      case 64: return visit(ConvTile<16, 64, 256, 2, 2>{});
+      case 32: return visit(ConvTile<16, 32, 128, 4, 2>{});
+      default: return visit(ConvTile<16, 16, 128, 4, 2>{});
+    }
+  }
+};
+struct FusedMultiplyAdds {  // float32 with IEEE products
+  template <class Visit>
+  static auto with_tile(int cout, Visit visit) {
+    switch (conv3x3_tile_columns(cout)) {
+      case 64: return visit(ConvTile<8, 64, 128, 2, 1>{});
+      case 32: return visit(ConvTile<8, 32, 128, 3, 1>{});
+      default: return visit(ConvTile<8, 16, 128, 4, 1>{});
+    }
+  }
+};
+template <class T>
+using ExactProducts = std::conditional_t<std::is_same_v<T, float>, FusedMultiplyAdds, TensorCores>;
 
 }  // namespace fastsr::cuda

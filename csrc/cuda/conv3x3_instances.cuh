@@ -12,6 +12,7 @@ extern template void pack_weights(const Launcher&, const std::vector<PackPart<fl
 extern template void pack_weights(const Launcher&, const std::vector<PackPart<__half>>&, __half*);
 extern template void pack_weights(const Launcher&, const std::vector<PackPart<__nv_bfloat16>>&, __nv_bfloat16*);
 extern template void convolve<FusedMultiplyAdds>(const Launcher&, const Conv3x3Call<float>&);
+extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<float>&);
 extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__half>&);
 extern template void convolve<TensorCores>(const Launcher&, const Conv3x3Call<__nv_bfloat16>&);
 

@@ -21,11 +21,13 @@ namespace fastsr::cuda {
 // A sink (see NoSink) for tiles of Tile.
 template <class T, class Tile>
 struct TapSums {
+  static constexpr bool collects = true;
   static constexpr int kParts = Tile::threads / Tile::columns, kValues = Tile::rows * kTileWidth * Tile::columns;
-  static_assert(kValues * sizeof(T) + kParts * kTaps * Tile::columns * sizeof(float) <= Tile::shared_bytes);
+  template <class>
+  static constexpr int shared_bytes = kValues * sizeof(T) + kParts * kTaps * Tile::columns * sizeof(float);
   float* partial;  // [tile][tap][cout]
 
-  static __device__ __forceinline__ T* values() { return reinterpret_cast<T*>(dynamic_shared<Tile::shared_bytes>()); }
+  static __device__ __forceinline__ T* values() { return reinterpret_cast<T*>(dynamic_shared<std::max(Tile::shared_bytes, shared_bytes<Tile>)>()); }
 
   __device__ __forceinline__ void begin() const { __syncthreads(); }  // the last stage is read no more
 
@@ -62,14 +64,13 @@ struct TapSums {
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) of_parts[(part * kTaps + tap) * Tile::columns + column] = sums[tap / 3][tap % 3];
     __syncthreads();
-    const int64_t number = blockIdx.x / ((cout + Tile::columns - 1) / Tile::columns);  // of the tile, as tile_position counts
 #pragma unroll 1
     for (int tap = part; tap < kTaps; tap += kParts) {
       if (channel >= cout) break;
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) sum += of_parts[(i * kTaps + tap) * Tile::columns + column];
-      partial[(number * kTaps + tap) * cout + channel] = sum;
+      partial[(static_cast<int64_t>(tile.number) * kTaps + tap) * cout + channel] = sum;
     }
   }
 };
@@ -98,9 +99,12 @@ __global__ void __launch_bounds__(ROWS * 32) add_tap_sums(const float* partial, 
 // convolve, and sums[image][channel][tap] of what it wrote. launch and allocate as for weight_gradients.
 template <class Products, class T, class Launch, class Allocate>
 void convolve_and_sum(const Launch& launch, const Allocate& allocate, const Conv3x3Call<T>& call, float* sums) {
-  const int64_t tiles = tiles_of_image<Products>(call);
+  const int64_t tiles = tiles_of_image<Products>(launch, call);
   float* partial = static_cast<float*>(allocate(call.batch * tiles * kTaps * call.cout * static_cast<int64_t>(sizeof(float))));
-  convolve_into<Products>(launch, call, [&]<class Tile>() { return TapSums<T, Tile>{partial}; });
+  convolve_into<Products>(launch, call, [&]<class Tile>() {
+    if constexpr (requires { Tile::groups; }) return hopper::StripSums<T, Tile>{partial};
+    else return TapSums<T, Tile>{partial};
+  });
   launch(add_tap_sums<kSumRows>, call.batch * kTaps * ((call.cout + 31) / 32), kSumRows * 32, 0, partial, tiles, call.cout, sums);
 }
 

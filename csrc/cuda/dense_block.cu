@@ -41,7 +41,7 @@ DenseBlock<T> describe(const DenseBlockShape& s, const Tensor& like, const std::
 
 void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::optional<Tensor> residual, std::optional<Tensor> given,
                  Tensor out, double negative_slope, double res_scale, double residual_scale,
-                 std::optional<Tensor> /* packed: only the CPU has frozen weights */) {
+                 std::optional<Tensor> /* packed: only the CPU has frozen weights */, bool tf32) {
   STD_TORCH_CHECK(given.has_value(), "dense_block: no workspace; expected one on a GPU");
   Tensor workspace = *given;
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), true);
@@ -53,15 +53,15 @@ void dense_block(Tensor x, std::vector<Tensor> weights, Biases biases, std::opti
   if (out.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_element_type(workspace, kOp, [&]<class T>(T) {
+  with_products(workspace, tf32, kOp, [&]<class Products, class T>(Products, T) {
     const float scale = residual ? static_cast<float>(residual_scale) : 1.0f;
-    block_forward<T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
+    block_forward<Products, T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
                            residual ? image_view<T>(*residual) : ImageView<const T>{}, mutable_image_view<T>(workspace), mutable_image_view<T>(out),
                            static_cast<float>(res_scale), scale);
   });
 }
 
-void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, Tensor workspace, double negative_slope) {
+void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, Tensor workspace, double negative_slope, bool tf32) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, x.size(1), false);
   check_pixel_major(workspace, x, s.channels, "workspace");
   check_pixel_major(x, workspace, x.size(1), "x");
@@ -69,15 +69,15 @@ void dense_block_features(Tensor x, std::vector<Tensor> weights, Biases biases, 
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_element_type(workspace, kOp, [&]<class T>(T) {
-    block_features<T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
+  with_products(workspace, tf32, kOp, [&]<class Products, class T>(Products, T) {
+    block_features<Products, T>(launch, allocate, describe<T>(s, workspace, weights, biases, negative_slope), image_view<T>(x),
                             checked_int(x.size(1), kOp, "the number of features"), mutable_image_view<T>(workspace));
   });
 }
 
 void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> weights, Tensor grad_workspace, std::optional<Tensor> dx,
                           std::vector<Tensor> dweights, std::vector<Tensor> dbiases, double negative_slope, double res_scale,
-                          double residual_scale) {
+                          double residual_scale, bool tf32) {
   const DenseBlockShape s = dense_block_shape(workspace, weights, grad.size(1), true);
   check_pixel_major(workspace, grad, s.channels, "workspace");
   check_pixel_major(grad, workspace, grad.size(1), "grad");
@@ -94,12 +94,12 @@ void dense_block_backward(Tensor grad, Tensor workspace, std::vector<Tensor> wei
   if (workspace.numel() == 0) return;
   const Launcher launch(workspace);
   const Scratch allocate(workspace);
-  with_element_type(workspace, kOp, [&]<class T>(T) {
+  with_products(workspace, tf32, kOp, [&]<class Products, class T>(Products, T) {
     std::vector<std::pair<void*, void*>> gradients;
     for (size_t k = 0; k < dweights.size(); ++k) {
       gradients.emplace_back(dweights[k].mutable_data_ptr(), dbiases[k].mutable_data_ptr());
     }
-    block_backward<T>(launch, allocate, describe<T>(s, workspace, weights, {}, negative_slope), image_view<T>(grad), image_view<T>(workspace),
+    block_backward<Products, T>(launch, allocate, describe<T>(s, workspace, weights, {}, negative_slope), image_view<T>(grad), image_view<T>(workspace),
                             mutable_image_view<T>(grad_workspace), dx ? mutable_image_view<T>(*dx) : ImageView<T>{}, gradients,
                             static_cast<float>(res_scale), static_cast<float>(residual_scale));
   });

@@ -52,25 +52,24 @@ struct DenseBlock {
 };
 
 // Convolutions over prefixes of one buffer, each writing what a later one reads.
-template <class T>
+template <class Products, class T, class Launch>
 class DenseChain {
  public:
-  DenseChain(const DenseBlock<T>& block, ImageView<T> buffer) : block_(block), buffer_(buffer) {}
+  DenseChain(const Launch& launch, const DenseBlock<T>& block, ImageView<T> buffer) : launch_(launch), block_(block), buffer_(buffer) {}
 
-  template <class Launch>
-  void fill(const Launch& launch, ImageView<const T> from, int channels, float factor) const {
+  void fill(ImageView<const T> from, int channels, float factor) const {
     if (from.data == buffer_.data) return;
-    scale_channels(launch, from, buffer_, block_.batch, block_.height, block_.width, channels, {factor, nullptr, nullptr});
+    scale_channels(launch_, from, buffer_, block_.batch, block_.height, block_.width, channels, {factor, nullptr, nullptr});
   }
 
   // The next convolution: `inputs` -> `outputs` channels. The caller says where its result goes, and adds weights for all inputs.
   Conv3x3Call<T>& add(int inputs, int outputs) {
-    const PackedLayout layout = packed_layout<ExactProducts<T>>(outputs);
-    offsets_.push_back(packed_size_);
     bias_offsets_.push_back(-1);
-    packed_size_ += layout.template size<T>(inputs);
     Conv3x3Call<T> call{};
     call.x = {buffer_.data, buffer_.strides};
+    call.stacked = stacked_outputs<T>(launch_, call.x, inputs, outputs);
+    offsets_.push_back(packed_size_);
+    packed_size_ += layout_of(outputs, call.stacked).template size<T>(inputs);
     call.batch = block_.batch, call.height = block_.height, call.width = block_.width;
     call.cin = inputs, call.cout = outputs;
     call.upsample = call.pixel_shuffle = 1;
@@ -81,9 +80,10 @@ class DenseChain {
   // Weights of the latest convolution for its input channels from `first` on.
   void add_weights(const Parameter<T>& weight, const WeightStrides& strides, int first, int channels) {
     const Conv3x3Call<T>& call = calls_.back();
-    const int end = first + channels, whole = (end + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
-    parts_.push_back({weight, strides, offsets_.back(), packed_layout<ExactProducts<T>>(call.cout), first, channels,
-                      (end == call.cin ? whole : end) - first, call.cout, 1, 0});
+    const PackedLayout layout = layout_of(call.cout, call.stacked);
+    const int end = first + channels;
+    parts_.push_back({weight, strides, offsets_.back(), layout, call.cin, first, channels,
+                      (end == call.cin ? layout.template padded<T>(end) : end) - first, call.cout, 1, 0});
   }
 
   // The latest convolution's bias.
@@ -96,19 +96,22 @@ class DenseChain {
     packed_size_ += (call.cout + kChunk<T> - 1) / kChunk<T> * kChunk<T>;  // weights begin at 16 bytes
   }
 
-  // launch and allocate as for weight_gradients.
-  template <class Launch, class Allocate>
-  void run(const Launch& launch, const Allocate& allocate) {
+  // allocate as for weight_gradients.
+  template <class Allocate>
+  void run(const Allocate& allocate) {
     T* packed = static_cast<T*>(allocate(packed_size_ * static_cast<int64_t>(sizeof(T))));
-    pack_weights(launch, parts_, packed);
+    pack_weights(launch_, parts_, packed);
     for (size_t k = 0; k < calls_.size(); ++k) {
       calls_[k].packed = packed + offsets_[k];
       if (bias_offsets_[k] >= 0) calls_[k].bias = packed + bias_offsets_[k], calls_[k].bias_stride = 1;
-      convolve<ExactProducts<T>>(launch, std::as_const(calls_[k]));
+      convolve<Products>(launch_, std::as_const(calls_[k]));
     }
   }
 
  private:
+  static PackedLayout layout_of(int outputs, int stacked) { return packed_layout<Products>(outputs, stacked); }
+
+  const Launch& launch_;
   const DenseBlock<T>& block_;
   ImageView<T> buffer_;
   std::vector<Conv3x3Call<T>> calls_;
@@ -123,8 +126,8 @@ ImageView<T> from_channel(ImageView<T> view, int channel) {
 }
 
 // Step 1 of the operator: one stage per convolution, each writing its slice of the workspace.
-template <class T>
-void add_growths(DenseChain<T>& chain, const DenseBlock<T>& block, ImageView<T> workspace, size_t count) {
+template <class Products, class T, class Launch>
+void add_growths(DenseChain<Products, T, Launch>& chain, const DenseBlock<T>& block, ImageView<T> workspace, size_t count) {
   for (size_t k = 0; k < count; ++k) {
     const DenseConv<T>& conv = block.convs[k];
     Conv3x3Call<T>& call = chain.add(conv.begin, conv.outputs);
@@ -136,22 +139,22 @@ void add_growths(DenseChain<T>& chain, const DenseBlock<T>& block, ImageView<T> 
 }
 
 // The workspace alone: all of block.convs write slices of it.
-template <class T, class Launch, class Allocate>
+template <class Products, class T, class Launch, class Allocate>
 void block_features(const Launch& launch, const Allocate& allocate, const DenseBlock<T>& block, ImageView<const T> x, int features,
                           ImageView<T> workspace) {
-  DenseChain<T> chain(block, workspace);
-  chain.fill(launch, x, features, 1.0f);
+  DenseChain<Products, T, Launch> chain(launch, block, workspace);
+  chain.fill(x, features, 1.0f);
   add_growths(chain, block, workspace, block.convs.size());
-  chain.run(launch, allocate);
+  chain.run(allocate);
 }
 
 // Steps 1 to 3: the last of block.convs writes `out`; residual.data may be null, and then residual_scale is 1.
-template <class T, class Launch, class Allocate>
+template <class Products, class T, class Launch, class Allocate>
 void block_forward(const Launch& launch, const Allocate& allocate, const DenseBlock<T>& block, ImageView<const T> x,
                          ImageView<const T> residual, ImageView<T> workspace, ImageView<T> out, float res_scale, float residual_scale) {
-  DenseChain<T> chain(block, workspace);
+  DenseChain<Products, T, Launch> chain(launch, block, workspace);
   const DenseConv<T>& last = block.convs.back();
-  chain.fill(launch, x, last.outputs, 1.0f);
+  chain.fill(x, last.outputs, 1.0f);
   add_growths(chain, block, workspace, block.convs.size() - 1);
   Conv3x3Call<T>& call = chain.add(last.begin, last.outputs);
   chain.add_bias(last);
@@ -159,12 +162,12 @@ void block_forward(const Launch& launch, const Allocate& allocate, const DenseBl
   call.out = out;
   call.scale = res_scale, call.scale2 = residual_scale;
   chain.add_weights(last.weight, last.weight_strides, 0, last.begin);
-  chain.run(launch, allocate);
+  chain.run(allocate);
 }
 
 // Steps 4 to 7. All is linear in grad: residual_scale comes in at the end. dx.data may be null; `gradients` holds dweight and dbias
 // of every convolution, in the weights' type, or nothing.
-template <class T, class Launch, class Allocate>
+template <class Products, class T, class Launch, class Allocate>
 void block_backward(const Launch& launch, const Allocate& allocate, const DenseBlock<T>& block, ImageView<const T> grad,
                           ImageView<const T> workspace, ImageView<T> grad_workspace, ImageView<T> dx,
                           const std::vector<std::pair<void*, void*>>& gradients, float res_scale, float residual_scale) {
@@ -172,8 +175,8 @@ void block_backward(const Launch& launch, const Allocate& allocate, const DenseB
   std::vector<int> first(count + 1, 0);  // channel of each convolution's gradient; they lie last to first
   for (int k = count - 1, channel = 0; k >= 0; --k) first[k] = channel, channel += block.convs[k].outputs;
 
-  DenseChain<T> chain(block, grad_workspace);
-  chain.fill(launch, grad, block.convs.back().outputs, res_scale);
+  DenseChain<Products, T, Launch> chain(launch, block, grad_workspace);
+  chain.fill(grad, block.convs.back().outputs, res_scale);
   for (int k = count - 1; k >= (dx.data ? 0 : 1); --k) {
     // The gradient of what convolution k - 1 wrote (for k = 0: of x), from those of convolutions k and later.
     const int begin = k ? block.convs[k - 1].begin : 0, outputs = k ? block.convs[k - 1].outputs : block.convs[0].begin;
@@ -192,15 +195,15 @@ void block_backward(const Launch& launch, const Allocate& allocate, const DenseB
       call.out = dx;
     }
   }
-  chain.run(launch, allocate);
+  chain.run(allocate);
 
   std::vector<WgradConv<T>> convs;
   for (int k = 0; k < static_cast<int>(gradients.size()); ++k) {
     const auto& [dweight, dbias] = gradients[k];
     convs.push_back({grad_workspace.data + first[k], dweight, dbias, block.convs[k].begin, block.convs[k].outputs, false, 0});
   }
-  weight_gradients<T>(launch, allocate, workspace, grad_workspace.strides, block.batch, block.height, block.width, residual_scale, convs,
-                      block.wide());
+  weight_gradients<Products, T>(launch, allocate, workspace, grad_workspace.strides, block.batch, block.height, block.width, residual_scale, convs,
+                                block.wide());
 }
 
 }  // namespace fastsr::cuda

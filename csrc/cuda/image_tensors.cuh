@@ -6,6 +6,17 @@
 
 namespace fastsr::cuda {
 
+// run(Products(), T()): how convolutions of x are computed, and with what elements. float32 is rounded to tf32 where the caller may.
+template <class Run>
+void with_products(const Tensor& x, bool tf32, const char* op, Run run) {
+  with_element_type(x, op, [&]<class T>(T element) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (tf32) return run(TensorCores{}, element);
+    }
+    run(ExactProducts<T>{}, element);
+  });
+}
+
 // Pictures whose channels lie side by side.
 template <class T>
 ImageView<const T> image_view(const Tensor& t) {

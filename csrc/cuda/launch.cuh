@@ -35,6 +35,12 @@ class Launcher {
   // Whether kernels for sm_90a are to be used here.
   bool hopper() const { return hopper::enabled(device_); }
 
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
+    return count;
+  }
+
   // `blocks` lie on grid axis x, the only one that holds 2^31 - 1 of them; none is no launch at all (an empty tensor).
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,

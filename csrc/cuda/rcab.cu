@@ -46,7 +46,7 @@ RcabVectors vectors_of(const RcabShape& s, const Tensor& sums, const Tensor& att
 
 void rcab(Tensor x, Tensor weight1, Given bias1, Tensor weight2, Given bias2, Tensor down_weight, Given down_bias, Tensor up_weight,
           Given up_bias, Tensor hidden, Tensor sums, Tensor attention, Tensor out, double res_scale,
-          Given /* packed: only the CPU has frozen weights */) {
+          Given /* packed: only the CPU has frozen weights */, bool tf32) {
   const RcabShape s = rcab_shape(x, weight1, weight2, hidden, sums, attention);
   check_rcab_pixels(out, x, s.features, "out");
   check_rcab_bias(bias1, weight1, "bias1");
@@ -55,27 +55,27 @@ void rcab(Tensor x, Tensor weight1, Given bias1, Tensor weight2, Given bias2, Te
   if (x.numel() == 0) return;
   const Launcher launch(x);
   const Scratch allocate(x);
-  with_element_type(x, kOp, [&]<class T>(T) {
+  with_products(x, tf32, kOp, [&]<class Products, class T>(Products, T) {
     const RcabCall<T> call = call_of<T>(s, x, weight1, bias1, weight2, bias2, down_weight, down_bias, up_weight, up_bias, res_scale);
-    Rcab(launch, allocate, call)
+    Rcab<Products, T, Launcher, Scratch>(launch, allocate, call)
         .forward(image_view<T>(x), mutable_image_view<T>(hidden), vectors_of(s, sums, attention), mutable_image_view<T>(out));
   });
 }
 
 void rcab_backward(Tensor grad, Tensor x, Tensor hidden, Tensor sums, Tensor attention, Tensor weight1, Tensor weight2, Given bias2,
                    Tensor down_weight, Given down_bias, Tensor up_weight, Tensor grad_hidden, Given dx, std::vector<Tensor> gradients,
-                   double res_scale) {
+                   double res_scale, bool tf32) {
   const RcabShape s = rcab_shape(x, weight1, weight2, hidden, sums, attention);
   check_rcab_pixels(grad, x, s.features, "grad");
   check_rcab_backward(x, s, weight2, bias2, grad_hidden, dx, gradients);
   if (x.numel() == 0) return;
   const Launcher launch(x);
   const Scratch allocate(x);
-  with_element_type(x, kOp, [&]<class T>(T) {
+  with_products(x, tf32, kOp, [&]<class Products, class T>(Products, T) {
     const RcabCall<T> call = call_of<T>(s, x, weight1, std::nullopt, weight2, bias2, down_weight, down_bias, up_weight, std::nullopt, res_scale);
     std::array<void*, 8> to{};
     for (size_t i = 0; i < gradients.size(); ++i) to[i] = gradients[i].mutable_data_ptr();
-    Rcab(launch, allocate, call)
+    Rcab<Products, T, Launcher, Scratch>(launch, allocate, call)
         .backward(image_view<T>(grad), image_view<T>(x), image_view<T>(hidden), vectors_of(s, sums, attention),
                   mutable_image_view<T>(grad_hidden), dx ? mutable_image_view<T>(*dx) : ImageView<T>{},
                   gradients.empty() ? nullptr : to.data());

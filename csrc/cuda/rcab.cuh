@@ -8,14 +8,14 @@
 //                res_scale * s * grad + e --> du --flipped conv2, masked by r > 0--> dr --flipped conv1, + grad--> dx
 //                x, dr --wgrad.cuh--> dweight1, dbias1
 //
-// du is written where dx will be (scaling grad while a convolution stages it would turn its asynchronous copies into loads through
-// registers, for 2 of the backward's 13 passes over pictures). Images are taken as many at a time as leave the sums of single images
+// du is made of grad in shared memory, as the convolution has copied it; for wgmma, which multiplies what TMA has brought, a pass writes
+// it where dx will be. Images are taken as many at a time as leave the sums of single images
 // below kImageBytes.
 //
-// Launches   forward 6: packing, conv1, two for its sums, the gate, conv2; backward 11: packing, scaling, 2 convolutions, 4 for weights,
-//            3 for the gate
+// Launches   forward 6: packing, conv1, two for its sums, the gate, conv2; backward 10: packing, 2 convolutions, 4 for weights, 3 for the
+//            gate (wgmma: 11)
 // Lives in   as conv3x3.cuh and wgrad.cuh; vectors of 9 M + 5 F values an image in L2
-// Moves      forward, a pixel: x twice, r twice, y; backward: grad 4 times, x, r twice, du and dr 2 and 3 times, dx; 27% more where a
+// Moves      forward, a pixel: x twice, r twice, y; backward: grad 4 times, x, r twice, dr 3 times, dx; 27% more where a
 //            halo is read; sums 7% of r; 19 MB of partial sums each way for each of the two weights
 // Limit      147,456 FLOP a pixel at 64 channels forward, 294,912 backward; 230 FLOP a byte forward in bf16, and an H100 balances at 266
 //            from DRAM alone (16x64x48x48 is 4.7 MB a picture: L2): bound by mma.sync's rate, about 60% of 798 TFLOP/s, where there
@@ -92,18 +92,16 @@ __global__ void __launch_bounds__(kPoolThreads)
 }
 
 // The launches of one call. launch and allocate as for weight_gradients.
-template <class T, class Launch, class Allocate>
+template <class Products, class T, class Launch, class Allocate>
 class Rcab {
-  using Products = ExactProducts<T>;
-
  public:
   Rcab(const Launch& launch, const Allocate& allocate, const RcabCall<T>& call) : launch_(launch), allocate_(allocate), b_(call) {}
 
   // Steps 1 to 5 of the operator.
   void forward(ImageView<const T> x, ImageView<T> hidden, const RcabVectors& v, ImageView<T> out) const {
-    Packed parameters = packed(b_.first, b_.second);
+    Packed parameters = packed(b_.first, x, b_.second, constant(hidden));
     Conv3x3Call<T>&first = parameters.one, &second = parameters.other;
-    first.x = x, first.out = hidden, first.negative_slope = 0.0f;
+    first.out = hidden, first.negative_slope = 0.0f;
     convolve_and_sum<Products>(launch_, allocate_, first, v.tap_sums);
 
     const int64_t warps = b_.batch * b_.second.cout, per_block = kPoolThreads / 32;
@@ -113,7 +111,7 @@ class Rcab {
     gate.pooled = v.pooled, gate.gates = v.gates, gate.z = floats(b_.batch * b_.gate.squeezed);
     launch_(gate_images<T, false>, b_.batch, kGateThreads, 0, parameters.gate, v.pooled, 1, 1.0f, 1.0f, gate);
 
-    second.x = constant(hidden), second.skip = x, second.out = out;
+    second.skip = x, second.out = out;
     second.scale = b_.res_scale, second.factors = v.gates;
     convolve<Products>(launch_, std::as_const(second));
   }
@@ -121,28 +119,33 @@ class Rcab {
   // Steps 6 to 9. dx.data may be null; `gradients` are those of the eight parameters, or null.
   void backward(ImageView<const T> grad, ImageView<const T> x, ImageView<const T> hidden, const RcabVectors& v, ImageView<T> grad_hidden,
                 ImageView<T> dx, void* const* gradients) const {
-    Packed parameters = packed(flipped(b_.second), flipped(b_.first));
     const int features = b_.second.cout, channels = b_.second.cin;
+    ImageView<T> scaled{};
+    if (stacked_outputs<T>(launch_, grad, features, channels)) {  // wgmma reads x as TMA brings it
+      const int64_t row = static_cast<int64_t>(b_.width) * features, size = b_.batch * b_.height * row * static_cast<int64_t>(sizeof(T));
+      scaled = dx.data ? dx : ImageView<T>{static_cast<T*>(allocate_(size)), {b_.height * row, row, features}};
+    }
+    Packed parameters = packed(flipped(b_.second), scaled.data ? constant(scaled) : grad, flipped(b_.first), constant(grad_hidden));
     GateVectors gate{v.pooled, v.gates, floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features),
                      floats(b_.batch * b_.gate.squeezed), floats(b_.batch * features)};
     gate_gradients(grad, hidden, v, parameters.gate, gate, gradients);
-    auto du = dx;
-    if (!du.data) {
-      const int64_t row = static_cast<int64_t>(b_.width) * features;
-      du = {static_cast<T*>(allocate_(b_.batch * b_.height * row * static_cast<int64_t>(sizeof(T)))), {b_.height * row, row, features}};
-    }
-    scale_channels(launch_, grad, du, b_.batch, b_.height, b_.width, features, {b_.res_scale, v.gates, gate.shifts});
-
+    const ChannelScaling scaling{b_.res_scale, v.gates, gate.shifts};
     Conv3x3Call<T>&second = parameters.one, &first = parameters.other;
-    second.x = constant(du), second.mask = hidden, second.negative_slope = 0.0f, second.out = grad_hidden;
+    if (scaled.data) {
+      scale_channels(launch_, grad, scaled, b_.batch, b_.height, b_.width, features, scaling);
+    } else {
+      second.scaling = scaling;
+    }
+
+    second.mask = hidden, second.negative_slope = 0.0f, second.out = grad_hidden;
     convolve<Products>(launch_, std::as_const(second));
     if (dx.data) {
-      first.x = constant(grad_hidden), first.skip = grad, first.out = dx;
+      first.skip = grad, first.out = dx;
       convolve<Products>(launch_, std::as_const(first));
     }
     if (!gradients) return;
-    weight_gradients<T>(launch_, allocate_, x, grad_hidden.strides, b_.batch, b_.height, b_.width, 1.0f,
-                        {{grad_hidden.data, gradients[0], gradients[1], features, channels, false, 0}}, b_.wide());
+    weight_gradients<Products, T>(launch_, allocate_, x, grad_hidden.strides, b_.batch, b_.height, b_.width, 1.0f,
+                                  {{grad_hidden.data, gradients[0], gradients[1], features, channels, false, 0}}, b_.wide());
     with_gradient_type<T>(b_.wide(), [&]<class W>(W) {
       const auto at = [&](int i) { return static_cast<W*>(gradients[i]); };
       const OuterProduct<W> up{gate.dv, gate.z, features, b_.gate.squeezed, at(6), at(7)};
@@ -163,20 +166,20 @@ class Rcab {
     return {conv.weight.from(2 * s.row + 2 * s.column), {s.in, s.out, -s.row, -s.column}, {}, 0, conv.cout, conv.cin};
   }
 
-  // Both convolutions with their weights; inputs and outputs are left to the caller. And the gate.
+  // Both convolutions with their inputs and weights; what they write is left to the caller. And the gate.
   struct Packed {
     Conv3x3Call<T> one, other;
     GateCall<T> gate;
   };
 
   // All in one launch, which also rounds what the kernels read as T where the parameters are wide.
-  Packed packed(const RcabConv<T>& one, const RcabConv<T>& other) const {
+  Packed packed(const RcabConv<T>& one, ImageView<const T> of_one, const RcabConv<T>& other, ImageView<const T> of_other) const {
+    Packed all{described(one, of_one), described(other, of_other), b_.gate};
     std::vector<PackPart<T>> parts;
     int64_t size = 0;
-    for (const RcabConv<T>* conv : {&one, &other}) {
-      const PackedLayout layout = packed_layout<Products>(conv->cout);
-      const int span = (conv->cin + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
-      parts.push_back({conv->weight, conv->strides, size, layout, 0, conv->cin, span, conv->cout, 1, 0});
+    for (const auto& [conv, call] : {std::pair(&one, &all.one), std::pair(&other, &all.other)}) {
+      const PackedLayout layout = packed_layout<Products>(conv->cout, call->stacked);
+      parts.push_back({conv->weight, conv->strides, size, layout, conv->cin, 0, conv->cin, layout.template padded<T>(conv->cin), conv->cout, 1, 0});
       size += layout.template size<T>(conv->cin);
     }
     const int64_t second = parts[1].offset, f = b_.second.cout, r = b_.gate.squeezed;
@@ -197,16 +200,16 @@ class Rcab {
     T* memory = static_cast<T*>(allocate_(size * static_cast<int64_t>(sizeof(T))));
     pack_weights(launch_, parts, memory);
     const auto at = [&](int i) { return offsets[i] < 0 ? static_cast<const T*>(vectors[i].values.data) : memory + offsets[i]; };
-    Packed all{described(one, memory), described(other, memory + second), b_.gate};
+    all.one.packed = memory, all.other.packed = memory + second;
     all.one.bias = at(0), all.one.bias_stride = offsets[0] < 0 ? one.bias_stride : 1;
     all.other.bias = at(1), all.other.bias_stride = offsets[1] < 0 ? other.bias_stride : 1;
     if (b_.wide()) all.gate.down_weight = at(2), all.gate.down_bias = at(3), all.gate.up_weight = at(4), all.gate.up_bias = at(5);
     return all;
   }
 
-  Conv3x3Call<T> described(const RcabConv<T>& conv, const T* weights) const {
+  Conv3x3Call<T> described(const RcabConv<T>& conv, ImageView<const T> x) const {
     Conv3x3Call<T> call{};
-    call.packed = weights;
+    call.x = x, call.stacked = stacked_outputs<T>(launch_, x, conv.cin, conv.cout);
     call.batch = b_.batch, call.height = b_.height, call.width = b_.width;
     call.cin = conv.cin, call.cout = conv.cout;
     call.upsample = call.pixel_shuffle = 1;
@@ -228,7 +231,7 @@ class Rcab {
     for (int64_t n = 0; n < b_.batch; n += together) {
       const int64_t images = std::min(together, b_.batch - n);
       const WgradConv<T> conv{grad.data + n * grad.strides.n, nullptr, nullptr, channels, features, false, 0};
-      const Wgrad<T> sums = partial_weight_gradients(launch_, reused, {hidden.data + n * hidden.strides.n, hidden.strides}, grad.strides,
+      const Wgrad<T> sums = partial_weight_gradients<Products, T>(launch_, reused, {hidden.data + n * hidden.strides.n, hidden.strides}, grad.strides,
                                                      images, images, b_.height, b_.width, &conv, 1);
       launch_(image_gradients<T>, images * features, kImageThreads, 0, sums, b_.second.weight, b_.second.bias, b_.res_scale, of_images,
               grad_sums, ds);

@@ -12,11 +12,6 @@ namespace fastsr::cuda {
 
 constexpr int kScaleThreads = 256;
 
-struct ChannelScaling {
-  float factor;
-  const float *factors, *shifts;  // [image][channel]; null for ones and for zeros
-};
-
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_channels_kernel(ImageView<const T> from, ImageView<T> to, int64_t pixels, int height,
                                                                        int width, int channels, ChannelScaling scaling, bool vectors) {
@@ -26,10 +21,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_channels_kernel(ImageView
   if (pixel >= pixels) return;
   const int channel = static_cast<int>(index % units) * kUnit, x = static_cast<int>(pixel % width);
   const int64_t row = pixel / width, image = row / height, vector = image * channels + channel;
-  const auto scaled = [&](T value, int i) {
-    const float factor = scaling.factors ? scaling.factor * scaling.factors[vector + i] : scaling.factor;
-    return from_float<T>(fmaf(to_float(value), factor, scaling.shifts ? scaling.shifts[vector + i] : 0.0f));
-  };
+  const auto scaled = [&](T value, int i) { return from_float<T>(scaling(to_float(value), vector + i)); };
   const T* source = from.at(image, row % height, x) + channel;
   T* target = to.at(image, row % height, x) + channel;
   if (vectors && channel + kUnit <= channels) {

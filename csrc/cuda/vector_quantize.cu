@@ -25,8 +25,8 @@ NumberedRows numbered(const std::optional<Tensor>& indices, const std::optional<
           static_cast<int>(s.inner), static_cast<int>(s.codes)};
 }
 
-void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, Tensor quantized, Tensor indices, Tensor loss,
-                     Tensor counts, Tensor sums, std::optional<Tensor> distances) {
+void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool cosine, bool fast, Tensor quantized, Tensor indices,
+                     Tensor loss, Tensor counts, Tensor sums, std::optional<Tensor> distances) {
   const char* op = "vector_quantize";
   const VqShape s = vector_quantize_shape(x, codebook, mask, quantized, indices, loss, counts, sums, distances);
   const NumberedRows rows = numbered(indices, mask, s, op);
@@ -37,7 +37,7 @@ void vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask, bool
     find_nearest(search, launch, allocate, s.channels >= kTensorDepth);
     quantize(QuantizeCall<T>{search.x, row_view<T>(quantized), search.codebook, rows, static_cast<float*>(loss.mutable_data_ptr()),
                              static_cast<int64_t*>(counts.mutable_data_ptr()), static_cast<float*>(sums.mutable_data_ptr())},
-             launch, allocate);
+             fast, launch, allocate);
   });
 }
 
@@ -60,7 +60,8 @@ void vector_quantize_dx(std::optional<Tensor> grad, std::optional<Tensor> commit
   });
 }
 
-void vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized, Tensor indices, std::optional<Tensor> mask, Tensor dcodebook) {
+void vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized, Tensor indices, std::optional<Tensor> mask, bool fast,
+                               Tensor dcodebook) {
   const char* op = "vector_quantize_dcodebook";
   const VqShape s = vq_shape(x, dcodebook, op);
   check_like(quantized, x, op, "quantized");
@@ -72,7 +73,7 @@ void vector_quantize_dcodebook(Tensor codebook_grad, Tensor x, Tensor quantized,
   const Scratch allocate(x);
   with_element_type(x, op, [&]<class T>(T) {
     codebook_gradient(row_view<T>(x), row_view<T>(quantized), rows, static_cast<int>(s.channels),
-                      static_cast<const float*>(codebook_grad.const_data_ptr()), static_cast<T*>(dcodebook.mutable_data_ptr()), launch, allocate);
+                      static_cast<const float*>(codebook_grad.const_data_ptr()), static_cast<T*>(dcodebook.mutable_data_ptr()), fast, launch, allocate);
   });
 }
 

@@ -4,8 +4,9 @@
 //               gather_codes                                       quantized = codebook[index]; |x - quantized|^2 of each block, float64
 //               sort_rows, sum_over_codes (vq_segments.cuh)        counts; sums of x
 //               mean_loss                                          the blocks' losses in their order / (M D)
+//               or, with `fast`, add_rows and join_loss (vq_atomic_sums.cuh) in the place of these two
 //   dx          straight_gradient or rotated_gradient              grad (turned) + 2 commitment_grad / (M D) (x - quantized)
-//   dcodebook   sort_rows, sum_over_codes                          2 codebook_grad / (M D) * sums of (quantized - x)
+//   dcodebook   sort_rows, sum_over_codes; or add_rows             2 codebook_grad / (M D) * sums of (quantized - x)
 //
 //   a row of gather_codes and of the gradients:
 //
@@ -26,14 +27,13 @@
 //   (65536, 1024, 64) dcodebook   34 MB                    0.022 ms / not measured yet
 #pragma once
 
+#include "cuda/vq_atomic_sums.cuh"
 #include "cuda/vq_nearest.cuh"
 #include "cuda/vq_segments.cuh"
 
 namespace fastsr::cuda {
 
 constexpr double kSmallestNorm = 1e-12;  // as in fastsr/kernels/vector_quantize/reference.py
-constexpr int kFour = 4;                 // values that a lane loads at once
-constexpr int kCountParts = 64;          // blocks that count a mask
 
 // Where a kernel writes: a view's memory is const for all that read.
 template <class T>
@@ -55,42 +55,6 @@ __device__ __forceinline__ void store_unit(const float (&v)[kFour], T* values, i
       if (d + i < depth) values[(d + i) * stride] = from_float<T>(v[i]);
     }
   }
-}
-
-// Lanes that share a row, a power of two.
-template <class T>
-int lanes_of_row(const RowView<T>& x, int depth) {
-  int lanes = 1;
-  while (x.depth_stride == 1 && lanes < 32 && lanes * kFour < depth) lanes *= 2;
-  return lanes;
-}
-
-// Over the `lanes` neighbours that share a row.
-__device__ __forceinline__ double row_sum(double v, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-
-// The row of this thread, and its lane within it.
-struct RowPart {
-  int64_t row;
-  int first, step;  // values
-
-  __device__ __forceinline__ explicit RowPart(int lanes) {
-    const int thread = threadIdx.x;
-    row = static_cast<int64_t>(blockIdx.x) * (kVqThreads / lanes) + thread / lanes, first = thread % lanes * kFour, step = lanes * kFour;
-  }
-};
-
-// The sum of all threads' values, in thread 0.
-__device__ __forceinline__ double block_sum(double v) {
-  __shared__ double sums[kVqThreads / 32];
-  v = row_sum(v, 32);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < kVqThreads / 32; ++i) total += sums[i];
-  return total;
 }
 
 // losses[block] = the sum of |x - quantized|^2 over the block's rows that count.
@@ -128,16 +92,6 @@ static __global__ void __launch_bounds__(kVqThreads) mean_loss(const double* los
   for (int64_t i = threadIdx.x; i < count; i += kVqThreads) sum += losses[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) *loss = static_cast<float>(sum / sorted.values(depth));
-}
-
-// parts[block] = how many of the block's rows count.
-static __global__ void __launch_bounds__(kVqThreads) count_mask(NumberedRows rows, int* parts) {
-  double sum = 0;  // exact
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kVqThreads + threadIdx.x; row < rows.count; row += kCountParts * kVqThreads) {
-    sum += rows.mask[row];
-  }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) parts[blockIdx.x] = static_cast<int>(sum);
 }
 
 template <class T>
@@ -238,15 +192,20 @@ struct QuantizeCall {
   float* sums;  // zeros so far
 };
 
-inline int64_t blocks_of_rows(int64_t rows, int lanes) { return (rows * lanes + kVqThreads - 1) / kVqThreads; }
-
 // After the search.
 template <class T, class Launch, class Allocate>
-void quantize(const QuantizeCall<T>& call, const Launch& launch, const Allocate& allocate) {
+void quantize(const QuantizeCall<T>& call, bool fast, const Launch& launch, const Allocate& allocate) {
   const int lanes = lanes_of_row(call.x, call.codebook.depth);
   const int64_t blocks = blocks_of_rows(call.rows.count, lanes);
   auto* losses = static_cast<double*>(allocate(blocks * static_cast<int64_t>(sizeof(double))));
   launch(gather_codes<T>, blocks, kVqThreads, 0, call.x, call.codebook, call.rows, lanes, call.quantized, losses);
+  if (fast) {
+    const int64_t codes = int64_t{call.rows.heads} * call.rows.codes;
+    launch(clear_values<int64_t>, blocks_of_rows(codes, 1), kVqThreads, 0, call.counts, codes);
+    launch(add_rows<T>, blocks, kVqThreads, 0, AddRows<T>{call.x, {}, call.rows, call.codebook.depth, lanes, call.sums, call.counts});
+    launch(join_loss, 1, kVqThreads, 0, losses, blocks, call.counts, codes, call.codebook.depth, call.loss);
+    return;
+  }
   const SortedRows sorted = sort_rows(call.rows, call.counts, launch, allocate);
   sum_over_codes<T, float>({call.x, {}, call.rows, sorted, call.codebook.depth, 0, nullptr, nullptr, call.sums}, launch, allocate);
   launch(mean_loss, 1, kVqThreads, 0, losses, blocks, sorted, call.codebook.depth, call.loss);
@@ -267,7 +226,8 @@ void input_gradient(InputGradient<T> call, bool rotation, const Launch& launch, 
 // dcodebook (zeros so far) from the sums of (quantized - x).
 template <class T, class Launch, class Allocate>
 void codebook_gradient(const RowView<T>& x, const RowView<T>& quantized, const NumberedRows& rows, int depth, const float* grad, T* dcodebook,
-                       const Launch& launch, const Allocate& allocate) {
+                       bool fast, const Launch& launch, const Allocate& allocate) {
+  if (fast) return add_gradient(x, quantized, rows, depth, grad, dcodebook, launch, allocate);
   auto* counts = static_cast<int64_t*>(allocate(int64_t{rows.heads} * rows.codes * static_cast<int64_t>(sizeof(int64_t))));
   const SortedRows sorted = sort_rows(rows, counts, launch, allocate);
   sum_over_codes<T, T>({x, quantized, rows, sorted, depth, 0, nullptr, grad, dcodebook}, launch, allocate);

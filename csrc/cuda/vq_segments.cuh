@@ -15,8 +15,8 @@
 // However the rows are spread over the codes, each warp adds equally many; a segment that is one code's alone costs the same. The
 // codes of all heads are numbered through (head * K + code) and so are the rows (the elements of `indices`): one sort serves all.
 //
-// Sums by atomics need no sort and would take some 10 us less of (65536, 1024, 64) by count of their accesses. They are left out until
-// a GPU has shown that: their bits change from run to run, and they queue up where few codes take most rows, as in a fresh codebook.
+// Sums by atomics need no sort: vq_atomic_sums.cuh. Their bits change from run to run, and they queue up where few codes take most rows,
+// as in a fresh codebook.
 //
 // Moves      x once, and indices and mask twice; 8 bytes a row of sorted rows, written and read; the table four times, which has at
 //            most 8 bytes a row or 128 a code; 16 D bytes for each tile of 64 rows or more

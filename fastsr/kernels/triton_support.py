@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsr.backends import triton_interpreted
+from fastsr.kernels.precision import takes_tf32
 
 Line = TypeVar("Line")
 
@@ -36,10 +37,7 @@ def precision(x: Tensor) -> str:
     """How products of x's dtype are formed: "half", "tf32" or "ieee" (as torch's own switch for convolutions says)."""
     if x.dtype != torch.float32:
         return "half"
-    if x.device.type != "cuda" or torch.version.hip is not None:
-        return "ieee"
-    # The resolved new setting mirrors the old switch too; reading the old one raises where convolutions and RNNs differ.
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    return "tf32" if takes_tf32(x) else "ieee"
 
 
 def modes(gpu: str) -> tuple[tuple[str, str], ...]:

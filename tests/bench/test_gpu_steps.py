@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsr.bench.cases.gpu_steps import common
 from fastsr.bench.steps import JSON, NOTHING_TO_DO, Step, run_step, run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,10 +132,10 @@ def test_every_step_names_files_that_exist_and_a_distinct_name() -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
-@pytest.mark.parametrize("probe", ["device_limits", "wgmma", "search_bound"])
+@pytest.mark.parametrize("probe", ["device_limits", "wgmma", "conv_wgmma", "search_bound"])
 def test_probes_compile_for_hopper_without_spills(tmp_path: Path, probe: str) -> None:
     source = ROOT / "benchmarks" / "native" / f"{probe}.cu"
-    flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+    flags = [*common.PROBE_FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
     done = subprocess.run([str(NVCC), *flags, "-o", str(tmp_path / probe), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill" in line and "0 bytes spill stores, 0 bytes spill loads" not in line]

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(128) products(float* out) {
 }
 #define PRODUCTS(n) template __global__ void products<__half, n>(float*); template __global__ void products<__nv_bfloat16, n>(float*); \\
   template __global__ void products<float, n>(float*);
-PRODUCTS(64) PRODUCTS(128) PRODUCTS(144) PRODUCTS(192) PRODUCTS(256)
+PRODUCTS(48) PRODUCTS(64) PRODUCTS(96) PRODUCTS(128) PRODUCTS(144) PRODUCTS(192) PRODUCTS(256)
 
 template <int DIMS>
 __device__ void box(unsigned char* memory, const CUtensorMap& map, Barrier& barrier) {
@@ -117,9 +117,9 @@ def test_every_building_block_assembles_without_spills(tmp_path):
 
 
 def test_every_building_block_of_hopper_assembles_without_spills(tmp_path):
-    ptx = assembled(tmp_path, HOPPER_SOURCE, "sm_90a", kernels=16)
+    ptx = assembled(tmp_path, HOPPER_SOURCE, "sm_90a", kernels=22)
     for types in ("k16.f32.f16.f16", "k16.f32.bf16.bf16", "k8.f32.tf32.tf32"):
-        for n in (64, 128, 144, 192, 256):
+        for n in (48, 64, 96, 128, 144, 192, 256):
             assert f"wgmma.mma_async.sync.aligned.m64n{n}{types}" in ptx
     for dims in (2, 3, 4, 5):
         assert f"cp.async.bulk.tensor.{dims}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes" in ptx

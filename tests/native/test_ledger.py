@@ -98,3 +98,10 @@ def test_every_kernel_names_its_launch_bounds():
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
         text = re.sub(r"//.*", "", path.read_text())
         assert len(re.findall(r"__global__", text)) == len(re.findall(r"__global__\s+void\s+__launch_bounds__", text)), path.name
+
+
+def test_no_operator_waits_for_the_device_or_allocates_beside_torch():
+    """What a CUDA graph cannot hold: each of these waits for the device, or asks the driver for memory."""
+    forbidden = r"cuda\w*Synchronize|cudaMemcpy\w*|cudaMalloc\w*|cudaFree\w*|cudaStreamQuery|cudaEventQuery"
+    for path in sorted((ROOT / "csrc" / "cuda").rglob("*.cu*")):
+        assert not re.findall(forbidden, re.sub(r"//.*", "", path.read_text())), path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fastsr
 from fastsr import ops
-from fastsr.kernels.vector_quantize import reference
+from fastsr.kernels.vector_quantize import compiled, reference
 from tests.harness import ALL_DTYPES, DEVICE, Case, Runner, adversarial_cases, assert_close_as_eager, available_backends, random_tensor
 
 RUNNERS = available_backends("vector_quantize")
@@ -210,6 +211,20 @@ def test_a_gradient_penalty_raises(runner):
             g.square().sum().backward()
 
 
+def test_sums_by_atomics_must_be_asked_for_and_deterministic_mode_forbids_them(monkeypatch):
+    on_a_gpu, on_a_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    monkeypatch.delenv("FASTSR_FAST_SUMS", raising=False)
+    assert not compiled.fast_sums(on_a_gpu)
+    monkeypatch.setenv("FASTSR_FAST_SUMS", "1")
+    assert compiled.fast_sums(on_a_gpu)
+    assert not compiled.fast_sums(on_a_cpu)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not compiled.fast_sums(on_a_gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_the_reference_gradients(gradient):
     """The losses against finite differences; the straight-through paths against their formulas."""
@@ -257,11 +272,11 @@ def test_opcheck(runner):
     calls = torch.ops.fastsr
     with runner.active():
         for distances, kept in ((None, None), (torch.zeros(3, 2, 4), mask)):
-            arguments = (x, codebook, kept, False, quantized, indices, loss, counts, sums, distances)
+            arguments = (x, codebook, kept, False, False, quantized, indices, loss, counts, sums, distances)
             torch.library.opcheck(calls.vector_quantize.default, arguments)
         for grad, loss_grad, rotation in ((x, None, True), (None, loss, False), (x, loss, True)):
             torch.library.opcheck(calls.vector_quantize_dx.default, (grad, loss_grad, x, quantized, mask, rotation, torch.empty_like(x)))
-        torch.library.opcheck(calls.vector_quantize_dcodebook.default, (loss, x, quantized, indices, mask, torch.zeros(2, CODES, 5)))
+        torch.library.opcheck(calls.vector_quantize_dcodebook.default, (loss, x, quantized, indices, mask, False, torch.zeros(2, CODES, 5)))
 
 
 @pytest.mark.parametrize("runner", RUNNERS[:1], ids=str)

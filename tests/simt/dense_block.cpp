@@ -29,51 +29,49 @@ DenseBlock<T> describe(const Size& size, const std::vector<Conv>& convs, float n
   return block;
 }
 
-// Poisoned memory until the end of the call.
-struct Allocate {
-  mutable std::vector<Scratch<char>> kept;
-  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
-};
-
-template <class T, bool kWide>
-void forward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, const Pixels& residual,
+template <class Products, class T, bool kWide>
+void forward(uint64_t seed, bool hopper, const Size& size, const std::vector<Conv>& convs, const Pixels& x, const Pixels& residual,
              const Pixels& workspace, const Pixels& out, float negative_slope, float res_scale, float residual_scale) {
   const Allocate allocate;
-  block_forward<T>(simt::Launcher{seed}, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(x), view<const T>(residual),
-                   view<T>(workspace), view<T>(out), res_scale, residual_scale);
+  const simt::Launcher launch{seed, hopper};
+  block_forward<Products, T>(launch, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(x), view<const T>(residual),
+                             view<T>(workspace), view<T>(out), res_scale, residual_scale);
 }
 
-template <class T, bool kWide>
-void features(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& x, int channels, const Pixels& workspace,
-              float negative_slope) {
+template <class Products, class T, bool kWide>
+void features(uint64_t seed, bool hopper, const Size& size, const std::vector<Conv>& convs, const Pixels& x, int channels,
+              const Pixels& workspace, float negative_slope) {
   const Allocate allocate;
   const DenseBlock<T> block = describe<T, kWide>(size, convs, negative_slope);
-  block_features<T>(simt::Launcher{seed}, allocate, block, view<const T>(x), channels, view<T>(workspace));
+  block_features<Products, T>(simt::Launcher{seed, hopper}, allocate, block, view<const T>(x), channels, view<T>(workspace));
 }
 
-template <class T, bool kWide>
-void backward(uint64_t seed, const Size& size, const std::vector<Conv>& convs, const Pixels& grad, const Pixels& workspace,
+template <class Products, class T, bool kWide>
+void backward(uint64_t seed, bool hopper, const Size& size, const std::vector<Conv>& convs, const Pixels& grad, const Pixels& workspace,
               const Pixels& grad_workspace, const Pixels& dx, const std::vector<std::pair<uintptr_t, uintptr_t>>& gradients,
               float negative_slope, float res_scale, float residual_scale) {
   const Allocate allocate;
   std::vector<std::pair<void*, void*>> written;
   for (const auto& [dweight, dbias] : gradients) written.emplace_back(pointer<void>(dweight), pointer<void>(dbias));
-  block_backward<T>(simt::Launcher{seed}, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(grad), view<const T>(workspace),
-                    view<T>(grad_workspace), view<T>(dx), written, res_scale, residual_scale);
+  const simt::Launcher launch{seed, hopper};
+  block_backward<Products, T>(launch, allocate, describe<T, kWide>(size, convs, negative_slope), view<const T>(grad), view<const T>(workspace),
+                              view<T>(grad_workspace), view<T>(dx), written, res_scale, residual_scale);
 }
 
-template <class T, bool kWide = false>
+template <class T, bool kWide = false, class Products = ExactProducts<T>>
 void define(py::module_& m, const char* name) {
   py::module_ part = m.def_submodule(name);
-  part.def("forward", forward<T, kWide>);
-  part.def("features", features<T, kWide>);
-  part.def("backward", backward<T, kWide>);
+  part.def("forward", forward<Products, T, kWide>);
+  part.def("features", features<Products, T, kWide>);
+  part.def("backward", backward<Products, T, kWide>);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(SIMT_MODULE, m) {
+  define_wgmma_calls(m);
   define<float>(m, "float32");
+  define<float, false, TensorCores>(m, "tf32");
   define<__nv_bfloat16>(m, "bfloat16");
   define<__half>(m, "float16");
   define<__nv_bfloat16, true>(m, "bfloat16_wide");

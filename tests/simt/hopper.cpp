@@ -1,6 +1,7 @@
 // csrc/cuda/hopper on the CPU: its arithmetic, and a product of tiles that TMA brought and wgmma found by their descriptors.
 #include "module.h"
 
+#include "cuda/hopper/conv_layout.cuh"
 #include "cuda/hopper/tma.cuh"
 #include "cuda/hopper/wgmma.cuh"
 
@@ -118,5 +119,17 @@ PYBIND11_MODULE(SIMT_MODULE, m) {
   m.def("matrix_descriptor",
         [=](uint32_t bytes, uint32_t address, uint32_t rows, uint32_t units) { return matrix_descriptor(span(bytes), address, rows, units); });
   m.def("tile_descriptor", [=](uint32_t bytes, uint32_t address, uint32_t k) { return tile_descriptor(span(bytes), address, k); });
+  m.def("filter_rows", [](int groups) { return FilterStack{groups}.rows(); });
+  m.def("first_row", [](int groups, int dh, int kw) { return FilterStack{groups}.first_row(dh, kw); });
+  m.def("filter_row", [](int groups, int row) {
+    const auto at = FilterStack{groups}.at(row);
+    return std::tuple(at.kh, at.kw, at.output);
+  });
+  using Planes = HaloLayout<18, 34, Swizzle::none>;
+  using Swizzled = HaloLayout<18, 34, Swizzle::span64>;
+  m.def("halo_place", [](bool exchanged, int pixel, int unit) { return exchanged ? Swizzled::place(pixel, unit) : Planes::place(pixel, unit); });
+  m.def("halo_descriptor", [](bool exchanged, uint32_t address, int pixel, int step, int groups) {
+    return exchanged ? Swizzled::descriptor(address, pixel, step, groups) : Planes::descriptor(address, pixel, step, groups);
+  });
   m.def("fragment", [](int thread, int i) { return std::pair(fragment_row(thread, i), fragment_column(thread, i)); });
 }

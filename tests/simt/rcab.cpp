@@ -42,47 +42,44 @@ RcabCall<T> describe(const Size& size, const Conv& first, const Conv& second, co
 
 RcabVectors vectors_of(const Vectors& v) { return {pointer<float>(v[0]), pointer<float>(v[1]), pointer<float>(v[2])}; }
 
-// Poisoned memory until the end of the call.
-struct Allocate {
-  mutable std::vector<Scratch<char>> kept;
-  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
-};
-
-template <class T, bool kWide>
-void forward(uint64_t seed, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale, const Pixels& x,
-             const Pixels& hidden, const Vectors& vectors, const Pixels& out) {
-  const simt::Launcher launch{seed};
+template <class Products, class T, bool kWide>
+void forward(uint64_t seed, bool hopper, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale,
+             const Pixels& x, const Pixels& hidden, const Vectors& vectors, const Pixels& out) {
+  const simt::Launcher launch{seed, hopper};
   const Allocate allocate;
   const RcabCall<T> call = describe<T, kWide>(size, first, second, squeeze, res_scale);
-  Rcab(launch, allocate, call).forward(view<const T>(x), view<T>(hidden), vectors_of(vectors), view<T>(out));
+  Rcab<Products, T, simt::Launcher, Allocate>(launch, allocate, call)
+      .forward(view<const T>(x), view<T>(hidden), vectors_of(vectors), view<T>(out));
 }
 
-template <class T, bool kWide>
-void backward(uint64_t seed, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale,
+template <class Products, class T, bool kWide>
+void backward(uint64_t seed, bool hopper, const Size& size, const Conv& first, const Conv& second, const Squeeze& squeeze, float res_scale,
               const Pixels& grad, const Pixels& x, const Pixels& hidden, const Vectors& vectors, const Pixels& grad_hidden, const Pixels& dx,
               const std::vector<uintptr_t>& gradients, int64_t image_bytes) {
-  const simt::Launcher launch{seed};
+  const simt::Launcher launch{seed, hopper};
   const Allocate allocate;
   RcabCall<T> call = describe<T, kWide>(size, first, second, squeeze, res_scale);
   call.image_bytes = image_bytes;
   std::vector<void*> to;
   for (uintptr_t address : gradients) to.push_back(pointer<void>(address));
-  Rcab(launch, allocate, call)
+  Rcab<Products, T, simt::Launcher, Allocate>(launch, allocate, call)
       .backward(view<const T>(grad), view<const T>(x), view<const T>(hidden), vectors_of(vectors), view<T>(grad_hidden), view<T>(dx),
                 to.empty() ? nullptr : to.data());
 }
 
-template <class T, bool kWide = false>
+template <class T, bool kWide = false, class Products = ExactProducts<T>>
 void define(py::module_& m, const char* name) {
   py::module_ part = m.def_submodule(name);
-  part.def("forward", forward<T, kWide>);
-  part.def("backward", backward<T, kWide>);
+  part.def("forward", forward<Products, T, kWide>);
+  part.def("backward", backward<Products, T, kWide>);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(SIMT_MODULE, m) {
+  define_wgmma_calls(m);
   define<float>(m, "float32");
+  define<float, false, TensorCores>(m, "tf32");
   define<__nv_bfloat16>(m, "bfloat16");
   define<__half>(m, "float16");
   define<__nv_bfloat16, true>(m, "bfloat16_wide");

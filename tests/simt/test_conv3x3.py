@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsr.kernels.conv3x3 import reference
 from tests.harness import ALL_DTYPES, DEVICE, Case, assert_close_as_eager, random_tensor
 from tests.simt import host
+from tests.simt.far import apart
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels on CPU tensors")
 
@@ -60,14 +61,15 @@ def workspace(shape: tuple[int, int, int, int], dtype: torch.dtype, how: str) ->
 def convolve(
     kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, o: Options, seed: int
 ) -> Tensor:
-    """Run the kernel's text; `out` is written in place."""
+    """Run the kernel's text: "bfloat16", "bfloat16 wgmma", "tf32" and so on; `out` is written in place."""
 
     def pixels(t: Tensor | None) -> tuple[int, int, int]:
         return (0, 0, 0) if t is None else (t.stride(0), t.stride(2), t.stride(3))
 
     n, cin, h, w = x.shape
-    getattr(host.module("conv3x3"), kernel.replace("tf32", "float32"))(
-        seed, kernel == "tf32", *(0 if t is None else t.data_ptr() for t in (x, weight, bias, residual, out)),
+    dtype, _, engine = kernel.replace("tf32", "float32").partition(" ")
+    getattr(host.module("conv3x3"), dtype)(
+        seed, kernel == "tf32", engine == "wgmma", *(0 if t is None else t.data_ptr() for t in (x, weight, bias, residual, out)),
         pixels(x), weight.stride(), 0 if bias is None else bias.stride(0), pixels(residual), pixels(out),
         n, cin, weight.shape[0], h * o.upsample, w * o.upsample, o.upsample, o.pixel_shuffle, o.negative_slope, o.scale,
     )  # fmt: skip
@@ -98,7 +100,7 @@ def check(case: Case, cout: int, o: Options, kernel: str, seed: int) -> None:
     whole, out = workspace(tuple(plain.shape), case.dtype, o.out)  # type: ignore[arg-type]
     convolve(kernel, x, weight, bias, residual, out, o, seed)
     ours = out.clone()
-    assert_close_as_eager("output", ours, plain, truth)
+    assert_close_as_eager("output", ours, plain, truth, planes=True)
     out.fill_(7.0)
     assert (whole == 7.0).all(), "the kernel wrote outside of its slice"
 
@@ -134,6 +136,16 @@ def test_the_schedule_does_not_change_a_bit(dtype):
     arguments = inputs(case, 32, o)
     first, *others = (convolve(str(dtype)[6:], *arguments, workspace((2, 32, 6, 18), dtype, "alone")[1], o, seed) for seed in range(8))
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kernel", ["float32", "tf32", "bfloat16", "bfloat16 wgmma"])
+def test_offsets_are_counted_in_64_bits(kernel):
+    dtype = torch.bfloat16 if "bfloat16" in kernel else torch.float32
+    case, o = Case((2, 16, 5, 7), dtype, "channels_last", "plain"), Options(residual=True)
+    x, weight, bias, residual = inputs(case, 32, o)
+    near = convolve(kernel, x, weight, bias, residual, workspace((2, 32, 5, 7), dtype, "alone")[1], o, 0)
+    far = convolve(kernel, apart(x), weight, bias, apart(residual), apart(torch.zeros_like(near)), o, 0)
+    assert torch.equal(near, far)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -190,7 +202,7 @@ for (name, kind), (cin, cout, h, w, up, r), extra in itertools.product([("float3
     pitch, out_pitch = cin + extra, C + extra  # a channel prefix: the last pixel ends before its workspace row does
     x, out = make(2 * h * w * pitch - extra), make(2 * H * r * W * r * out_pitch - extra)
     weight, bias, residual = make(cout * cin * 9), make(cout), make(2 * H * r * W * r * C)
-    getattr(conv3x3, name)(0, False, address(x), address(weight), address(bias), address(residual), address(out),
+    getattr(conv3x3, name)(0, False, False, address(x), address(weight), address(bias), address(residual), address(out),
         (h * w * pitch, w * pitch, pitch), (cin * 9, 9, 3, 1), 1, (H * r * W * r * C, W * r * C, C),
         (H * r * W * r * out_pitch, W * r * out_pitch, out_pitch),
         2, cin, cout, H, W, up, r, 0.2, 1.0)
@@ -201,16 +213,20 @@ print("finished")
     assert "finished" in done.stdout
 
 
+@pytest.mark.parametrize("engine", ["", " wgmma"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("o", OPTIONS, ids=str)
-def test_float32_parameters_give_what_rounding_them_before_gives(o, dtype):
-    case = Case((2, 33, 5, 7), torch.float32, "channels_last", "plain")
+def test_float32_parameters_give_what_rounding_them_before_gives(o, dtype, engine):
+    case = Case((2, 40 if engine else 33, 5, 7), torch.float32, "channels_last", "plain")
     x, weight, bias, residual = inputs(case, 36, o)
     x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     r = o.pixel_shuffle
     shape = (2, 36 // r**2, 5 * o.upsample * r, 7 * o.upsample * r)
+    calls = host.module("conv3x3").wgmma_calls
+    calls()
     results = []
     for kernel, w, b in (("_wide", weight, bias), ("", weight.to(dtype), None if bias is None else bias.to(dtype))):
         _, out = workspace(shape, dtype, o.out)
-        results.append(convolve(str(dtype)[6:] + kernel, x, w, b, residual, out, o, 0))
+        results.append(convolve(str(dtype)[6:] + kernel + engine, x, w, b, residual, out, o, 0))
     assert torch.equal(*results)
+    assert (calls() > 0) == (engine == " wgmma" and o.upsample == 1)

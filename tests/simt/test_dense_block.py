@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastsr.kernels.dense_block import reference
 from tests.harness import ALL_DTYPES, DEVICE, assert_close_as_eager, laid_out, random_tensor
-from tests.simt import host
+from tests.simt import host, tf32
+from tests.simt.far import apart
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels on CPU tensors")
 
@@ -34,9 +35,11 @@ class Block:
     residual_scale: float = 1.0
     wide: bool = False  # float32 parameters, as autocast leaves them
     seed: int = 0
+    engine: str = ""  # "wgmma", "tf32", or that of the dtype
 
     def __str__(self) -> str:
-        return f"{self.features}-{'-'.join(map(str, self.growths))}-{'x'.join(map(str, self.size))}-{str(self.dtype)[6:]}-{self.layout}"
+        sizes = f"{self.features}-{'-'.join(map(str, self.growths))}-{'x'.join(map(str, self.size))}"
+        return "-".join(filter(None, (sizes, str(self.dtype)[6:], self.layout, self.engine)))
 
     @property
     def channels(self) -> int:
@@ -94,7 +97,7 @@ def convolutions(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> 
 
 
 def kernels(b: Block):  # type: ignore[no-untyped-def]
-    return getattr(host.module("dense_block"), str(b.dtype)[6:] + "_wide" * b.wide)
+    return getattr(host.module("dense_block"), "tf32" if b.engine == "tf32" else str(b.dtype)[6:] + "_wide" * b.wide)
 
 
 Parameters = tuple[list[Tensor], list[Tensor | None]]
@@ -110,7 +113,7 @@ def forward(b: Block, schedule: int = 0, given: Parameters | None = None) -> tup
         x = workspace[:, : b.features]
     scales = (b.negative_slope, b.res_scale, b.residual_scale if b.residual else 1.0)
     views = (pixels(t) for t in (x, residual, workspace, out))
-    kernels(b).forward(schedule, b.size, convolutions(weights, biases), *views, *scales)
+    kernels(b).forward(schedule, b.engine == "wgmma", b.size, convolutions(weights, biases), *views, *scales)
     return out, workspace
 
 
@@ -128,7 +131,7 @@ def backward(
     scratch = b.pixels(b.channels)
     views = (pixels(t) for t in (grad, workspace, scratch, found.get("x")))
     scales = (b.negative_slope, b.res_scale, b.residual_scale if b.residual else 1.0)
-    kernels(b).backward(schedule, b.size, convolutions(weights, [None] * len(weights)), *views, addresses, *scales)
+    kernels(b).backward(schedule, b.engine == "wgmma", b.size, convolutions(weights, [None] * len(weights)), *views, addresses, *scales)
     return found
 
 
@@ -143,6 +146,8 @@ BLOCKS = (
     Block(40, (24,), (1, 2, 3), torch.float32, bias=False, negative_slope=0.0, layout="permuted"),
     Block(20, (), (2, 1, 1), torch.float32, layout="expanded", res_scale=1.5, negative_slope=1.0),
 )
+#: The second block's convolutions are some of both engines: 8 outputs, and prefixes of 24 and 56 channels that end in a stage.
+WGMMA = [replace(b, engine="wgmma") for b in (ESRGAN, Block(24, (32, 8, 48), (2, 13, 26), torch.float32))]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -158,7 +163,7 @@ def test_output_and_all_gradients_are_as_good_as_eager(block, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block", [*BLOCKS, *WGMMA], ids=str)
 def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
     """Bit for bit, but that their gradients are not rounded."""
     wide, plain = replace(block, dtype=dtype, wide=True), replace(block, dtype=dtype)
@@ -174,13 +179,38 @@ def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
     assert any(not torch.equal(g, g.to(dtype).float()) for name, g in ours.items() if name != "x")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", WGMMA, ids=str)
+def test_wgmma_is_as_good_as_eager(block, dtype):
+    host.module("dense_block").wgmma_calls()
+    test_output_and_all_gradients_are_as_good_as_eager(block, dtype)
+    assert host.module("dense_block").wgmma_calls() > 0
+
+
+@pytest.mark.parametrize("block", [BLOCKS[1], ESRGAN, BLOCKS[3]], ids=str)
+def test_tf32_is_as_good_as_eager_in_tf32(block, monkeypatch):
+    """Twice eager's error, where eager rounds the factors of each convolution and of each of its gradients to 10 bits of mantissa."""
+    b = replace(block, engine="tf32")
+    truth, truths = b.reference(torch.float64)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", tf32.conv2d)
+    plain, plains = b.reference(torch.float32)
+    out, workspace = forward(b)
+    assert_close_as_eager("output", out, plain, truth, planes=True)
+    assert (out - truth).abs().max() > 1e-5 * truth.abs().max(), "nothing was rounded to tf32"
+    ours = backward(b, workspace)
+    for name, gradient in truths.items():
+        assert_close_as_eager(f"gradient of {name}", ours[name], plains[name], gradient, planes=name == "x")
+        rounded = "bias" not in name and gradient.numel() > 100
+        assert not rounded or (ours[name] - gradient).abs().max() > 1e-5 * gradient.abs().max(), f"gradient of {name}: not rounded to tf32"
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_features_are_the_workspace_of_the_forward(dtype):
     b = replace(BLOCKS[3], dtype=dtype)
     x, weights, biases, _, _ = b.arguments()
     workspace = b.pixels(b.channels)
     views = pixels(x), b.features, pixels(workspace)
-    kernels(b).features(0, b.size, convolutions(weights[:-1], biases[:-1]), *views, b.negative_slope)
+    kernels(b).features(0, False, b.size, convolutions(weights[:-1], biases[:-1]), *views, b.negative_slope)
     assert torch.equal(workspace, forward(b)[1])
 
 
@@ -204,6 +234,20 @@ def test_the_schedule_does_not_change_a_bit(dtype):
         assert torch.equal(out, again)
         assert torch.equal(workspace, same)
         assert all(torch.equal(t, gradients[name]) for name, t in backward(b, workspace, schedule).items())
+
+
+@pytest.mark.parametrize("engine", ["", "wgmma"])
+def test_offsets_are_counted_in_64_bits(engine, monkeypatch):
+    b = Block(16, (32,), (2, 5, 7), torch.bfloat16, residual=True, engine=engine)
+    out, workspace = forward(b)
+    near = backward(b, workspace)
+    compact = Block.pixels
+    monkeypatch.setattr(Block, "pixels", lambda self, channels: apart(compact(self, channels)))
+    out_far, workspace_far = forward(b)
+    assert torch.equal(out, out_far)
+    assert torch.equal(workspace, workspace_far)
+    far = backward(b, workspace_far)
+    assert all(torch.equal(t, far[name]) for name, t in near.items())
 
 
 def test_more_convolutions_than_a_launch_takes():
@@ -251,8 +295,8 @@ for (name, kind), (features, growths, h, w) in zip(
         begin += outputs
     x, residual, out, workspace, scratch = (make(2, h, w, c) for c in (features, features, features, channels, channels))
     run = getattr(dense_block, name)
-    run.forward(0, (2, h, w), convs, *map(pixels, (x, residual, workspace, out)), 0.2, 0.2, 0.2)
-    run.backward(0, (2, h, w), convs, *map(pixels, (x, workspace, scratch, out)), gradients, 0.2, 0.2, 0.2)
+    run.forward(0, False, (2, h, w), convs, *map(pixels, (x, residual, workspace, out)), 0.2, 0.2, 0.2)
+    run.backward(0, False, (2, h, w), convs, *map(pixels, (x, workspace, scratch, out)), gradients, 0.2, 0.2, 0.2)
 print("finished")
 """
     done = host.run_alone("dense_block", script, host.ADDRESS)

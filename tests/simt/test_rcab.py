@@ -11,7 +11,7 @@ from torch.nn.functional import unfold
 
 from fastsr.kernels.rcab import reference
 from tests.harness import ALL_DTYPES, DEVICE, assert_close_as_eager, laid_out, random_tensor
-from tests.simt import host
+from tests.simt import host, tf32
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shim runs kernels on CPU tensors")
 
@@ -34,9 +34,11 @@ class Block:
     res_scale: float = 1.0
     wide: bool = False  # float32 parameters, as autocast leaves them
     seed: int = 0
+    engine: str = ""  # "wgmma", "tf32", or that of the dtype
 
     def __str__(self) -> str:
-        return f"{self.features}-{self.hidden}-{self.squeezed}-{'x'.join(map(str, self.size))}-{self.layout}"
+        sizes = f"{self.features}-{self.hidden}-{self.squeezed}-{'x'.join(map(str, self.size))}"
+        return "-".join(filter(None, (sizes, self.layout, self.engine)))
 
     def pixels(self, channels: int) -> Tensor:
         """Channels-last, full of NaN."""
@@ -97,7 +99,7 @@ def call(b: Block, parameters: list[Tensor | None]) -> tuple[object, ...]:
 
 
 def kernels(b: Block):  # type: ignore[no-untyped-def]
-    return getattr(host.module("rcab"), str(b.dtype)[6:] + "_wide" * b.wide)
+    return getattr(host.module("rcab"), "tf32" if b.engine == "tf32" else str(b.dtype)[6:] + "_wide" * b.wide)
 
 
 def forward(b: Block, schedule: int = 0, in_place: bool = False) -> tuple[Tensor, Saved]:
@@ -106,7 +108,7 @@ def forward(b: Block, schedule: int = 0, in_place: bool = False) -> tuple[Tensor
     n = b.size[0]
     saved = Saved(b.pixels(b.hidden), torch.full((n, b.hidden, 9), torch.nan), torch.full((2, n, b.features), torch.nan))
     out = x if in_place else b.pixels(b.features)
-    kernels(b).forward(schedule, *call(b, parameters), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
+    kernels(b).forward(schedule, b.engine == "wgmma", *call(b, parameters), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
     return out, saved
 
 
@@ -127,7 +129,7 @@ def backward(
         addresses = [found[name].data_ptr() for name in NAMES]
     scratch = b.pixels(b.hidden)
     read, written = [pixels(t) for t in (grad, x, saved.hidden)], [pixels(t) for t in (scratch, found.get("x"))]
-    kernels(b).backward(schedule, *call(b, parameters), *read, saved.vectors(), *written, addresses, image_bytes)
+    kernels(b).backward(schedule, b.engine == "wgmma", *call(b, parameters), *read, saved.vectors(), *written, addresses, image_bytes)
     return found
 
 
@@ -142,6 +144,7 @@ BLOCKS = (
     Block(1, 1, 1, (2, 1, 1), layout="expanded", res_scale=0.5),
     Block(12, 96, 2, (1, 34, 33), bias=False),
 )
+WGMMA = [replace(b, engine="wgmma") for b in (RCAN, Block(32, 96, 4, (2, 14, 29)), Block(16, 40, 5, (3, 33, 1), res_scale=0.1))]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -157,7 +160,7 @@ def test_output_and_all_gradients_are_as_good_as_eager(block, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block", [*BLOCKS, *WGMMA], ids=str)
 def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
     """Bit for bit, but that their gradients are not rounded."""
     wide = replace(block, dtype=dtype, wide=True)
@@ -168,7 +171,7 @@ def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
         n = b.size[0]
         saved = Saved(b.pixels(b.hidden), torch.full((n, b.hidden, 9), torch.nan), torch.full((2, n, b.features), torch.nan))
         out = b.pixels(b.features)
-        kernels(b).forward(0, *call(b, given), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
+        kernels(b).forward(0, b.engine == "wgmma", *call(b, given), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
         results.append((out, saved, backward(b, saved, parameters=given)))
     (out, saved, ours), (plain, plain_saved, theirs) = results
     assert torch.equal(out, plain)
@@ -179,17 +182,58 @@ def test_float32_parameters_give_what_rounding_them_before_gives(block, dtype):
     assert any(not torch.equal(g, g.to(dtype).float()) for name, g in ours.items() if name != "x")
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("block", WGMMA, ids=str)
+def test_wgmma_is_as_good_as_eager(block, dtype):
+    b, calls = replace(block, dtype=dtype), host.module("rcab").wgmma_calls
+    calls()
+    saved = forward(b)[1]
+    assert calls() > 0
+    backward(b, saved)
+    assert calls() > 0
+    test_output_and_all_gradients_are_as_good_as_eager(block, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_wgmma_without_a_gradient_of_x_has_the_same_bits(dtype):
+    """The scaled gradient then lies in memory of its own instead of dx's."""
+    b = replace(WGMMA[1], dtype=dtype)
+    saved = forward(b)[1]
+    everything = backward(b, saved)
+    for part in (backward(b, saved, wanted=False), backward(b, saved, dx=False)):
+        assert part
+        assert all(torch.equal(t, everything[name]) for name, t in part.items())
+
+
+@pytest.mark.parametrize("block", [replace(RCAN, squeezed=16), BLOCKS[2]], ids=str)
+def test_tf32_is_as_good_as_eager_in_tf32(block, monkeypatch):
+    """Twice eager's error, where eager rounds the factors of each convolution and of each of its gradients to 10 bits of mantissa.
+
+    With 16 squeezed channels: of RCAN's 4 a few live, and eager's error of bias2 and down_bias, theirs alone, is a matter of luck.
+    """
+    b = replace(block, engine="tf32")
+    truth, truths = b.reference(torch.float64)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", tf32.conv2d)
+    plain, plains = b.reference(torch.float32)
+    out, saved = forward(b)
+    assert_close_as_eager("output", out, plain, truth, planes=True)
+    assert (out - truth).abs().max() > 1e-5 * truth.abs().max(), "nothing was rounded to tf32"
+    ours = backward(b, saved)
+    for name, gradient in truths.items():
+        assert_close_as_eager(f"gradient of {name}", ours[name], plains[name], gradient, planes=name == "x")
+
+
+@pytest.mark.parametrize(("dtype", "engine"), [(t, e) for e in ("", "wgmma") for t in ALL_DTYPES[bool(e) :]], ids=str)
 @pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 40), (1, 40, 1), (1, 2, 2), (2, 16, 16), (1, 17, 33), (1, 50, 7)], ids=str)
-def test_the_sums_of_each_tap_are_those_of_the_stored_values(size, dtype):
+def test_the_sums_of_each_tap_are_those_of_the_stored_values(size, dtype, engine):
     """In whole numbers below 2^8, where every order of addition gives the same."""
-    b = Block(2, 40, 1, size, dtype)
+    b = Block(8 if engine else 2, 40, 1, size, dtype, engine=engine)
     x, parameters, _ = b.arguments()
     x.copy_(x.mul(2).round().clamp(-3, 3))
     parameters = [t if t is None else t.mul(3).round().clamp(-2, 2) for t in parameters]
-    saved = Saved(b.pixels(40), torch.full((size[0], 40, 9), torch.nan), torch.full((2, size[0], 2), torch.nan))
-    out = b.pixels(2)
-    kernels(b).forward(0, *call(b, parameters), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
+    saved = Saved(b.pixels(40), torch.full((size[0], 40, 9), torch.nan), torch.full((2, size[0], b.features), torch.nan))
+    out = b.pixels(b.features)
+    kernels(b).forward(0, engine == "wgmma", *call(b, parameters), pixels(x), pixels(saved.hidden), saved.vectors(), pixels(out))
     seen = unfold(saved.hidden.float().flatten(0, 1)[:, None], 3, padding=1).unflatten(0, (size[0], 40))
     assert torch.equal(saved.sums, seen.sum(-1))
 
@@ -210,9 +254,9 @@ def test_a_gradient_alone_has_the_same_bits(dtype):
         assert all(torch.equal(t, everything[name]) for name, t in part.items())
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_the_schedule_does_not_change_a_bit(dtype):
-    b = replace(SMALL, dtype=dtype, size=(2, 9, 18))
+@pytest.mark.parametrize(("dtype", "engine"), [*((t, "") for t in ALL_DTYPES), (torch.bfloat16, "wgmma")], ids=str)
+def test_the_schedule_does_not_change_a_bit(dtype, engine):
+    b = replace(SMALL, dtype=dtype, size=(2, 9, 18), engine=engine)
     out, saved = forward(b)
     gradients = backward(b, saved)
     for schedule in range(1, 5):
@@ -254,8 +298,9 @@ for (name, kind), (f, m, r, h, w) in zip(
     vectors = [make(2, c, kind="f4") for c in (9 * m, f, f)]
     places = [address(v) for v in vectors]
     run, call = getattr(rcab, name), ((2, h, w), *convs, (r, at[4:]), 0.5)
-    run.forward(0, *call, pixels(x), pixels(hidden), places, pixels(out))
-    run.backward(0, *call, *map(pixels, (grad, x, hidden)), places, pixels(scratch), pixels(out), [address(g) for g in gradients], 1 << 20)
+    run.forward(0, False, *call, pixels(x), pixels(hidden), places, pixels(out))
+    written = pixels(scratch), pixels(out), [address(g) for g in gradients]
+    run.backward(0, False, *call, *map(pixels, (grad, x, hidden)), places, *written, 1 << 20)
 print("finished")
 """
     done = host.run_alone("rcab", script, host.ADDRESS)

@@ -25,6 +25,7 @@ class Kernels:
     """Stands in for `compiled`'s three functions."""
 
     schedule = 0
+    fast = False
 
     @staticmethod
     def _call(name: str, x: Tensor, *arguments: object) -> None:
@@ -41,7 +42,7 @@ class Kernels:
                 t.fill_(-7)
         book = (codebook.data_ptr(), codebook.shape[1], fours(codebook, 2))
         out = (address(t) for t in (indices, loss, counts, sums, distances))
-        cls._call("forward", x, cls._given(x, x), *book, address(mask), cosine, cls._given(quantized, x), *out)
+        cls._call("forward", x, cls.fast, cls._given(x, x), *book, address(mask), cosine, cls._given(quantized, x), *out)
 
     @classmethod
     def input_gradient_into(cls, dx, grad, commitment_grad, x, quantized, mask, rotation):  # type: ignore[no-untyped-def]
@@ -51,7 +52,8 @@ class Kernels:
     @classmethod
     def codebook_gradient_into(cls, dcodebook, codebook_grad, x, quantized, indices, mask):  # type: ignore[no-untyped-def]
         given = (cls._given(t, x) for t in (x, quantized))
-        cls._call("dcodebook", x, address(codebook_grad), *given, address(indices), address(mask), dcodebook.shape[1], address(dcodebook))
+        to = dcodebook.shape[1], address(dcodebook)
+        cls._call("dcodebook", x, cls.fast, address(codebook_grad), *given, address(indices), address(mask), *to)
 
 
 def address(t: Tensor | None) -> int:
@@ -65,6 +67,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> type[Kernels]:
         monkeypatch.setattr(compiled, name, getattr(Kernels, name))
     monkeypatch.setattr(backends, "why_not", lambda *_: None)
     monkeypatch.setattr(Kernels, "schedule", 0)
+    monkeypatch.setattr(Kernels, "fast", False)
     return Kernels
 
 
@@ -77,6 +80,25 @@ TURNS = list(zip(CASES, itertools.cycle(OPTIONS), strict=False))
 @pytest.mark.parametrize(("case", "options"), TURNS, ids=[f"{c}-{'-'.join(map(str, o))}" for c, o in TURNS])
 def test_outputs_and_gradients_are_as_good_as_eager(case, options):
     assert_case(COMPILED, case, options)
+
+
+#: With every layout and dtype.
+FEW = [turn for i, turn in enumerate(TURNS) if (i + i // 3) % 3 == 0]
+
+
+@pytest.mark.parametrize(("case", "options"), FEW, ids=[f"{c}-{'-'.join(map(str, o))}" for c, o in FEW])
+def test_sums_by_atomics_are_as_good_as_eager(case, options, kernels):
+    kernels.fast = True
+    assert_case(COMPILED, case, options)
+
+
+def test_sums_by_atomics_of_heads_many_rows_and_one_code(kernels):
+    kernels.fast = True
+    for rows, codes, depth in ((21, 70, 33), (700, 3, 8), (300, 1, 5)):
+        x, codebook = random_tensor((rows, 2, depth), torch.float32, 1), random_tensor((2, codes, depth), torch.float32, 2)
+        codebook[:, 2:] += 50
+        mask = random_tensor((rows, 2), torch.float32, 4) > -1
+        assert_as_good_as_eager(COMPILED, x, codebook, random_tensor(x.shape, x.dtype, 3), mask=mask)
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
@@ -157,11 +179,13 @@ for kind, n, k, d in [("f4", 5, 3, 1), ("f2", 130, 129, 20), ("f4", 70, 40, 70),
     for vectors in {False, d % 4 == 0}:
         given = lambda t: (at(t), (n, 1, d, 1), (d, d, 1, 1), vectors)
         out = (at(indices), at(loss), at(counts), at(sums), at(distances))
-        getattr(vector_quantize, "forward_" + name)(0, given(x), at(codes), k, vectors, at(mask), False, given(quantized), *out)
+        for fast in (False, True):
+            getattr(vector_quantize, "forward_" + name)(0, fast, given(x), at(codes), k, vectors, at(mask), False, given(quantized), *out)
+            assert counts.sum() == mask.sum()
+            given_rows = given(x), given(quantized), at(indices), at(mask)
+            getattr(vector_quantize, "dcodebook_" + name)(0, fast, at(loss), *given_rows, k, at(dcodes))
         for rotation in (False, True):
             getattr(vector_quantize, "dx_" + name)(0, given(x), at(loss), given(x), given(quantized), at(mask), rotation, given(dx))
-        getattr(vector_quantize, "dcodebook_" + name)(0, at(loss), given(x), given(quantized), at(indices), at(mask), k, at(dcodes))
-    assert counts.sum() == mask.sum()
 print("finished")
 """
     done = host.run_alone("vector_quantize", script, host.ADDRESS)

@@ -25,7 +25,7 @@ NumberedRows numbers(const Given& x, uintptr_t indices, uintptr_t mask, int code
 int depth(const Given& x) { return static_cast<int>(std::get<1>(x)[2]); }
 
 template <class T>
-void forward(uint64_t seed, const Given& x, uintptr_t codebook, int codes, bool code_vectors, uintptr_t mask, bool cosine, const Given& quantized,
+void forward(uint64_t seed, bool fast, const Given& x, uintptr_t codebook, int codes, bool code_vectors, uintptr_t mask, bool cosine, const Given& quantized,
              uintptr_t indices, uintptr_t loss, uintptr_t counts, uintptr_t sums, uintptr_t distances) {
   const Allocate allocate;
   const simt::Launcher launch{seed};
@@ -33,7 +33,7 @@ void forward(uint64_t seed, const Given& x, uintptr_t codebook, int codes, bool 
   const CodeView<T> book{pointer<const T>(codebook), codes, depth(x), code_vectors};
   const NearestCall<T> search{rows<T>(x), book, all.count / all.heads, cosine, {pointer<int64_t>(indices), pointer<float>(distances), nullptr, all.inner, all.heads}};
   find_nearest(search, launch, allocate, book.depth >= kTensorDepth);
-  quantize(QuantizeCall<T>{search.x, rows<T>(quantized), book, all, pointer<float>(loss), pointer<int64_t>(counts), pointer<float>(sums)}, launch, allocate);
+  quantize(QuantizeCall<T>{search.x, rows<T>(quantized), book, all, pointer<float>(loss), pointer<int64_t>(counts), pointer<float>(sums)}, fast, launch, allocate);
 }
 
 template <class T>
@@ -43,8 +43,8 @@ void dx(uint64_t seed, const Given& grad, uintptr_t commitment_grad, const Given
 }
 
 template <class T>
-void dcodebook(uint64_t seed, uintptr_t grad, const Given& x, const Given& quantized, uintptr_t indices, uintptr_t mask, int codes, uintptr_t to) {
-  codebook_gradient(rows<T>(x), rows<T>(quantized), numbers(x, indices, mask, codes), depth(x), pointer<const float>(grad), pointer<T>(to), simt::Launcher{seed}, Allocate{});
+void dcodebook(uint64_t seed, bool fast, uintptr_t grad, const Given& x, const Given& quantized, uintptr_t indices, uintptr_t mask, int codes, uintptr_t to) {
+  codebook_gradient(rows<T>(x), rows<T>(quantized), numbers(x, indices, mask, codes), depth(x), pointer<const float>(grad), pointer<T>(to), fast, simt::Launcher{seed}, Allocate{});
 }
 
 template <class T>

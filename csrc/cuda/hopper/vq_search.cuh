@@ -1,4 +1,5 @@
 // The certified nearest-code search on Hopper: as vq_search.cuh, with the products by wgmma and the codes by bulk copies.
+// NOT RUN ON HARDWARE YET; FASTSR_HOPPER=1 asks for it (enabled.cuh).
 //
 //   grid.x = heads * tiles of 128 rows; 9 warps
 //

@@ -42,10 +42,14 @@ __device__ __forceinline__ void wait(float (&sums)[COUNT]) {
 #define FASTSR_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 // %0 .. and d[0] .. of the shapes below.
-#define FASTSR_T64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTSR_D64 FASTSR_D8(0), FASTSR_D8(8), FASTSR_D8(16), FASTSR_D8(24)
-#define FASTSR_T128 FASTSR_T64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTSR_D128 FASTSR_D64, FASTSR_D8(32), FASTSR_D8(40), FASTSR_D8(48), FASTSR_D8(56)
+#define FASTSR_T48 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define FASTSR_D48 FASTSR_D8(0), FASTSR_D8(8), FASTSR_D8(16)
+#define FASTSR_T64 FASTSR_T48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTSR_D64 FASTSR_D48, FASTSR_D8(24)
+#define FASTSR_T96 FASTSR_T64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTSR_D96 FASTSR_D64, FASTSR_D8(32), FASTSR_D8(40)
+#define FASTSR_T128 FASTSR_T96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTSR_D128 FASTSR_D96, FASTSR_D8(48), FASTSR_D8(56)
 #define FASTSR_T144 FASTSR_T128 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define FASTSR_D144 FASTSR_D128, FASTSR_D8(64)
 #define FASTSR_T192 FASTSR_T144 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87" ", %88, %89, %90, %91, %92, %93, %94, %95"
@@ -72,8 +76,12 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t
     static_assert(std::is_same_v<T, float>);                              \
     FASTSR_WGMMA(n, "k8.f32.tf32.tf32", x, y, z, "");                     \
   }
-  if constexpr (N == 64) {
+  if constexpr (N == 48) {
+    FASTSR_WGMMA_TYPES(48, "24", "25", "26")
+  } else if constexpr (N == 64) {
     FASTSR_WGMMA_TYPES(64, "32", "33", "34")
+  } else if constexpr (N == 96) {
+    FASTSR_WGMMA_TYPES(96, "48", "49", "50")
   } else if constexpr (N == 128) {
     FASTSR_WGMMA_TYPES(128, "64", "65", "66")
   } else if constexpr (N == 144) {
@@ -88,8 +96,12 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t
 #undef FASTSR_WGMMA
 }
 #undef FASTSR_D8
+#undef FASTSR_T48
+#undef FASTSR_D48
 #undef FASTSR_T64
 #undef FASTSR_D64
+#undef FASTSR_T96
+#undef FASTSR_D96
 #undef FASTSR_T128
 #undef FASTSR_D128
 #undef FASTSR_T144

@@ -11,6 +11,11 @@ namespace py = pybind11;
 // Called by the undefined-behaviour sanitizer at each report; the launcher turns them into an error.
 extern "C" __attribute__((visibility("default"), used)) void __ubsan_on_report() { ++simt::undefined_reports; }
 
+// wgmma_calls(): how often a thread has asked for a product by wgmma since the last time.
+inline void define_wgmma_calls(py::module_& m) {
+  m.def("wgmma_calls", [] { return simt::wgmma_calls.exchange(0); });
+}
+
 // Device pointers arrive as integers (tensor.data_ptr()), 0 for none.
 template <class T>
 T* pointer(uintptr_t address) {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -353,12 +354,16 @@ class Block {
 // Reports of the undefined-behaviour sanitizer since the launch began (0 without the sanitizer).
 inline int undefined_reports = 0;
 
+// Calls of hopper::multiply, one for each thread of a warpgroup.
+inline std::atomic<int64_t> wgmma_calls = 0;
+
 // Stands in for the host launcher: the same call, on the CPU. The order of the blocks is drawn from the seed too.
 struct Launcher {
   uint64_t seed = 0;
   bool on_hopper = false;  // as sm_90a: its kernels are taken, and a block has 227 KB of shared memory
 
   bool hopper() const { return on_hopper; }
+  int multiprocessors() const { return 3; }
 
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, std::type_identity_t<Parameters>... arguments) const {

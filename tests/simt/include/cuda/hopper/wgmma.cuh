@@ -80,6 +80,7 @@ template <class T, int N>
 void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
   __syncwarp();
   const int thread = threadIdx.x % 128;
+  ++simt::wgmma_calls;
   simt::running->self().products.push_back([=, sums = &d[0]] { multiply_fragment<T, N>(sums, a, b, add, thread); });
 }
 
