@@ -28,12 +28,12 @@ def fours(t: Tensor, channels: int) -> bool:
     return t.data_ptr() % unit == 0 and t.shape[channels] % 4 == 0 and t.stride(channels) == 1 and all(s % 4 == 0 for s in strides)
 
 
-def search(x: Tensor, codebook: Tensor, cosine: bool = False, kernel: str = "mma", schedule: int = 0) -> tuple[Tensor, Tensor, list[int]]:
-    """Indices, distances and the two counters, of x (O, H, D, I) and codebook (H, K, D)."""
+def run(x: Tensor, codebook: Tensor, cosine: bool = False, kernel: str = "mma", schedule: int = 0) -> tuple[Tensor, Tensor, list[int], int]:
+    """What `search` gives, and the bytes of scratch memory that it took."""
     shape = (x.shape[0], x.shape[1], x.shape[3])
     indices, distances = torch.full(shape, -1), torch.full(shape, -7.0)
     rescored = torch.zeros(2, dtype=torch.int64)
-    getattr(host.module("vq_nearest"), str(x.dtype)[6:])(
+    scratch = getattr(host.module("vq_nearest"), str(x.dtype)[6:])(
         schedule,
         x.data_ptr(),
         x.shape,
@@ -49,7 +49,12 @@ def search(x: Tensor, codebook: Tensor, cosine: bool = False, kernel: str = "mma
         kernel != "fma",
         kernel == "wgmma",
     )
-    return indices, distances, rescored.tolist()
+    return indices, distances, rescored.tolist(), scratch
+
+
+def search(x: Tensor, codebook: Tensor, cosine: bool = False, kernel: str = "mma", schedule: int = 0) -> tuple[Tensor, Tensor, list[int]]:
+    """Indices, distances and the two counters, of x (O, H, D, I) and codebook (H, K, D)."""
+    return run(x, codebook, cosine, kernel, schedule)[:3]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -130,6 +135,21 @@ def test_the_schedule_does_not_change_a_bit():
     for schedule in range(1, 5):
         again = search(rows(x), codes[None], schedule=schedule)
         assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_scratch_memory_grows_with_rows_and_with_codes_but_not_with_their_product(dtype, kernel):
+    """A list of rows, on tensor cores two, and the packed codebook: 4 bytes a value in float32, on tensor cores 2 more in float16."""
+    few, many, depth = 64, 1024, 64
+
+    def scratch(n: int, k: int) -> int:
+        x, codes = Problem("gaussian", n, k, depth).tensors()
+        return run(rows(x.to(dtype)), codes.to(dtype)[None], kernel=kernel)[3]
+
+    lists, bytes_of_a_value = (1, 4) if kernel == "fma" else (2, 6)
+    assert scratch(200, few) - scratch(100, few) == scratch(200, many) - scratch(100, many) == 100 * 4 * lists
+    assert scratch(100, many) <= many * (bytes_of_a_value * depth + 32) + 100 * 4 * lists + 4096
 
 
 def test_every_distribution_takes_part():

@@ -7,9 +7,9 @@ namespace {
 
 using namespace fastsr::cuda;
 
-// x (outer, heads, depth, inner): address, sizes, strides; codebook (heads, codes, depth) without gaps.
+// x (outer, heads, depth, inner): address, sizes, strides; codebook (heads, codes, depth) without gaps. Returns the bytes of scratch memory.
 template <class T>
-void search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, const std::array<int64_t, 4>& strides, bool x_vectors,
+int64_t search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, const std::array<int64_t, 4>& strides, bool x_vectors,
             uintptr_t codebook, int codes, bool code_vectors, bool cosine, uintptr_t indices, uintptr_t distances, uintptr_t rescored,
             bool tensor_cores, bool hopper) {
   const Allocate allocate;
@@ -20,6 +20,7 @@ void search(uint64_t seed, uintptr_t x, const std::array<int64_t, 4>& size, cons
       cosine,
       {pointer<int64_t>(indices), pointer<float>(distances), pointer<unsigned long long>(rescored), size[3], static_cast<int>(size[1])}};
   find_nearest(call, simt::Launcher{seed, hopper}, allocate, tensor_cores);
+  return allocate.total;
 }
 
 }  // namespace

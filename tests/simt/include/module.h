@@ -40,5 +40,9 @@ struct Scratch {
 // Poisoned memory until the end of the call.
 struct Allocate {
   mutable std::vector<Scratch<char>> kept;
-  void* operator()(int64_t bytes) const { return kept.emplace_back(static_cast<size_t>(bytes)).data.get(); }
+  mutable int64_t total = 0;  // bytes
+  void* operator()(int64_t bytes) const {
+    total += bytes;
+    return kept.emplace_back(static_cast<size_t>(bytes)).data.get();
+  }
 };
