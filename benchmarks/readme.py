@@ -20,13 +20,13 @@ from typing import Any
 
 from fastsr.bench import report, results
 from fastsr.bench.report import markdown
-from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ours
+from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ours, title
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
 
-#: Of a case on a machine the newest row of ours, and all timed rows beside it; the newest run last.
-Newest = dict[tuple[str, str], tuple[Row, list[Row]]]
+#: Of a case and mode on a machine the newest row of ours, and all timed rows beside it; the newest run last.
+Newest = dict[tuple[str, str, str], tuple[Row, list[Row]]]
 
 HEADINGS = ("case", "machine", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
 
@@ -63,13 +63,13 @@ def write_report(files: Sequence[Path], target: Path) -> None:
 
 
 def newest_of(runs: Sequence[Mapping[str, Any]]) -> Newest:
-    """Every case and machine that one of ours was timed in; on a GPU with a cold cache."""
+    """Every case, mode and machine that one of ours was timed in."""
     found: Newest = {}
     for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
         for (case, mode), group in groups(run["results"]).items():
-            if mode in ("wall", "cold") and (mine := ours(group)) is not None:
-                found.pop((case, machine_of(run)), None)  # the order is that of the runs
-                found[case, machine_of(run)] = (mine, group)
+            if (mine := ours(group)) is not None:
+                found.pop((case, mode, machine_of(run)), None)  # the order is that of the runs
+                found[case, mode, machine_of(run)] = (mine, group)
     return found
 
 
@@ -83,10 +83,11 @@ def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
     machines = sorted({machine_of(run) for run in runs})
     letters = {machine: string.ascii_uppercase[i] for i, machine in enumerate(machines)}
     figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
-    latest = {case: _line(case, letters[machine], *rows) for (case, machine), rows in newest.items()}
+    # A line for each case: its newest run, small pages, on a GPU a cold cache. Losses count in all modes.
+    latest = {case: _line(case, letters[machine], *rows) for (case, mode, machine), rows in newest.items() if mode in ("wall", "cold")}
     lines = [latest[case] for case in sorted(latest)]
     cases = {id(mine) for mine, _ in _losses(newest)}
-    said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} cases"
+    said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} measurements"
     where = " ([which](docs/benchmarks.md))." if cases else "."
     named = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
     return "\n\n".join([f"*{named}*", said + where, figure, markdown.table(HEADINGS, lines)])
@@ -95,16 +96,16 @@ def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
 def lost(newest: Newest) -> str:
     """The cases in which another runner is faster, the largest loss first."""
     lines = [
-        (mine["case"], markdown.ms(mine), rival["runner"], markdown.ms(rival), f"{median(rival) / median(mine):.2f}x")
+        (title(mine["case"], mine["mode"]), markdown.ms(mine), rival["runner"], markdown.ms(rival), f"{median(rival) / median(mine):.2f}x")
         for mine, rival in _losses(newest)
     ]
     if not lines:
-        return f"In none of the {len(newest)} committed cases is another runner faster."
+        return f"In none of the {len(newest)} committed measurements is another runner faster."
     return markdown.table(("case", "fastsr ms", "faster", "ms", "its time over ours"), lines)
 
 
 def _losses(newest: Newest) -> list[tuple[Row, Row]]:
-    return losses(row for _, group in newest.values() for row in group)
+    return losses(group for _, group in newest.values())
 
 
 def _line(case: str, machine: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:

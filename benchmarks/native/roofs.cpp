@@ -2,8 +2,8 @@
 //
 //   arithmetic   independent chains of FMAs in registers, long enough to hide their latency; no memory access
 //   bf16         dpbf16 chains in registers, and AMX tile products (2 x 2 accumulator tiles) where the kernel grants them
-//   copy         each thread copies its own half-buffer to the other, by plain or by non-temporal stores;
-//                bytes read and bytes written both count
+//   copy         each thread copies its own half-buffer to the other, by memcpy, by plain or by non-temporal stores;
+//                bytes read and bytes written both count; both halves together fit L2, or exceed every cache
 //
 // Threads are std::thread, started before the clock and released together. A figure is the work of all threads over the
 // time from their release to the last one's end. It is a pybind11 module without torch, so that nothing else is measured.
@@ -156,22 +156,28 @@ bool amx_granted() {
 #endif
 }
 
-__attribute__((target("avx2"))) void copy_streaming(char* to, const char* from, size_t bytes) {
-  for (size_t i = 0; i + 128 <= bytes; i += 128) {
-    const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i));
-    const __m256i b = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i + 32));
-    const __m256i c = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i + 64));
-    const __m256i d = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i + 96));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), a);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), b);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 64), c);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 96), d);
+// Four vectors of 32 or 64 bytes a turn; bytes is a multiple of 4096.
+#define COPY(NAME, ISA, V, LOAD, STORE, BYTES, END)                                                  \
+  __attribute__((target(ISA))) void NAME(char* to, const char* from, size_t bytes) {                 \
+    for (size_t i = 0; i < bytes; i += 4 * BYTES) {                                                  \
+      const V a = LOAD(reinterpret_cast<const V*>(from + i));                                        \
+      const V b = LOAD(reinterpret_cast<const V*>(from + i + BYTES));                                \
+      const V c = LOAD(reinterpret_cast<const V*>(from + i + 2 * BYTES));                            \
+      const V d = LOAD(reinterpret_cast<const V*>(from + i + 3 * BYTES));                            \
+      STORE(reinterpret_cast<V*>(to + i), a);                                                        \
+      STORE(reinterpret_cast<V*>(to + i + BYTES), b);                                                \
+      STORE(reinterpret_cast<V*>(to + i + 2 * BYTES), c);                                            \
+      STORE(reinterpret_cast<V*>(to + i + 3 * BYTES), d);                                            \
+    }                                                                                                \
+    END;                                                                                             \
   }
-  _mm_sfence();
-}
+COPY(copy_streaming, "avx2", __m256i, _mm256_load_si256, _mm256_stream_si256, 32, _mm_sfence())
+COPY(copy_avx2, "avx2", __m256i, _mm256_load_si256, _mm256_store_si256, 32, )
+COPY(copy_avx512, "avx512f", __m512i, _mm512_load_si512, _mm512_store_si512, 64, )
+#undef COPY
 #endif
 
-void copy_plain(char* to, const char* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void copy_memcpy(char* to, const char* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
 // ---- what there is here ----
 
@@ -191,13 +197,24 @@ Burst burst_of(const std::string& isa) {
   return nullptr;
 }
 
-bool can_stream() {
+using Copy = void (*)(char*, const char*, size_t);
+
+Copy copy_of(const std::string& how) {
+  if (how == "memcpy") return copy_memcpy;
 #if X86
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2");
-#else
-  return false;
+  if (how == "non-temporal stores" && __builtin_cpu_supports("avx2")) return copy_streaming;
+  if (how == "avx2" && __builtin_cpu_supports("avx2")) return copy_avx2;
+  if (how == "avx512" && __builtin_cpu_supports("avx512f")) return copy_avx512;
 #endif
+  return nullptr;
+}
+
+std::vector<std::string> ways_to_copy() {
+  std::vector<std::string> found;
+  for (const std::string how : {"memcpy", "non-temporal stores", "avx2", "avx512"})
+    if (copy_of(how)) found.push_back(how);
+  return found;
 }
 
 std::vector<std::string> instruction_sets(const std::string& dtype) {
@@ -249,8 +266,9 @@ double arithmetic(const std::string& isa, int threads, double seconds) {
 }
 
 // Each thread owns its two buffers and touches them first, so that their pages lie near it.
-double copy(int threads, size_t bytes_per_thread, bool streaming, double seconds) {
-  if (streaming && !can_stream()) throw std::invalid_argument("no non-temporal stores here");
+double copy(int threads, size_t bytes_per_thread, const std::string& how, double seconds) {
+  const Copy run = copy_of(how);
+  if (!run) throw std::invalid_argument("this processor or build cannot copy by " + how);
   const size_t bytes = std::max<size_t>(bytes_per_thread / 4096 * 4096, 4096);
   pybind11::gil_scoped_release release;
   return rate(threads, seconds, [=](int) {
@@ -264,12 +282,8 @@ double copy(int threads, size_t bytes_per_thread, bool streaming, double seconds
       ~Buffers() { std::free(from), std::free(to); }
     };
     auto own = std::make_shared<Buffers>(bytes);
-    return [own, bytes, streaming]() -> int64_t {
-#if X86
-      if (streaming) copy_streaming(own->to, own->from, bytes);
-      else
-#endif
-        copy_plain(own->to, own->from, bytes);
+    return [own, bytes, run]() -> int64_t {
+      run(own->to, own->from, bytes);
       sink = own->to[bytes / 2];
       return static_cast<int64_t>(2 * bytes);
     };
@@ -282,8 +296,8 @@ PYBIND11_MODULE(fastsr_roofs, m) {
   namespace py = pybind11;
   m.doc() = "Arithmetic and copy roofs of this CPU";
   m.def("instruction_sets", &instruction_sets, py::arg("dtype"), "Instruction sets that can be measured here, best first");
-  m.def("can_stream", &can_stream, "True if copy() has non-temporal stores here");
+  m.def("ways_to_copy", &ways_to_copy, "What copy() can do here");
   m.def("arithmetic", &arithmetic, py::arg("isa"), py::arg("threads"), py::arg("seconds"), "GFLOP/s");
-  m.def("copy", &copy, py::arg("threads"), py::arg("bytes_per_thread"), py::arg("streaming"), py::arg("seconds"),
+  m.def("copy", &copy, py::arg("threads"), py::arg("bytes_per_thread"), py::arg("how"), py::arg("seconds"),
         "GB/s, bytes read and written");
 }

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="rounds in which every runner takes its turn; default 5, quick 3")
     parser.add_argument("--runner", action="append", default=[], help="only this runner; may be repeated")
     parser.add_argument("--case", action="append", default=[], help="only cases whose name holds this text; may be repeated")
-    parser.add_argument("--huge-pages", action="store_true", help="THP_MEM_ALLOC_ENABLE=1 for every runner (huge pages in large buffers)")
+    parser.add_argument(
+        "--pages",
+        choices=(*driver.PAGES, "both"),
+        help="what torch asks for large buffers on a CPU, the same for every runner; default both, quick small",
+    )
     parser.add_argument("--json", metavar="F", help="write every sample, the roofs and the environment to F")
     parser.add_argument("--baseline", metavar="F", help="compare with an earlier --json file, and say which differences are significant")
     parser.add_argument("--out", metavar="DIR", default="bench-report", help="where `report` writes its pages (default: %(default)s)")
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             print(f"fastsr bench: --{name} is {value}; expected at least 1", file=sys.stderr)
             return 2
+    pages = args.pages or ("small" if args.quick else "both")
     dtypes = tuple(dict.fromkeys(args.dtype or (["bfloat16"] if device == "cuda" else ["float32"])))
     settings = driver.Settings(
         options=suite.Options(device, dtypes, "quick" if args.quick else "full"),
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         round_seconds=0.2 if args.quick else 0.5,
         runners=tuple(args.runner),
         match=tuple(args.case),
-        variables={"THP_MEM_ALLOC_ENABLE": "1"} if args.huge_pages else {},
+        pages=tuple(driver.PAGES) if pages == "both" else (pages,),
     )
     try:
         modules = suite.select(args.what)

@@ -53,6 +53,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         "threads": (a["threads"], b["threads"]),
         "huge pages": (a["huge_pages"], b["huge_pages"]),
         "instruction set": (a["native"]["isa"], b["native"]["isa"]),
+        "pages": (old["settings"].get("pages"), new["settings"].get("pages")),
         "variables": (old["settings"]["variables"], new["settings"]["variables"]),
         **{name: (a["packages"].get(name), b["packages"].get(name)) for name in sorted({*a["packages"], *b["packages"]})},
     }

@@ -6,6 +6,7 @@ A runner that is missing, wrong, too slow or dead is reported with its reason; t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +33,14 @@ class Settings:
     round_timeout: float = 120.0
     runners: tuple[str, ...] = ()  # names to run; empty for all
     match: tuple[str, ...] = ()  # run the cases whose name holds one of these; empty for all
-    variables: Mapping[str, str] = field(default_factory=dict)  # set in the workers, such as THP_MEM_ALLOC_ENABLE
+    pages: tuple[str, ...] = ("small",)  # on a CPU: what torch asks for large buffers, one measurement for each
+    variables: Mapping[str, str] = field(default_factory=dict)  # set in the workers
 
 
 Say = Callable[[str], None]
+
+#: What `pages` puts into a worker's environment.
+PAGES = {"small": {"THP_MEM_ALLOC_ENABLE": "0"}, "huge": {"THP_MEM_ALLOC_ENABLE": "1"}}
 
 
 def cores() -> int:
@@ -58,6 +63,7 @@ def run(
             "threads": settings.threads,
             "rounds": settings.rounds,
             "round_seconds": settings.round_seconds,
+            "pages": list(settings.pages),
             "variables": dict(settings.variables),
         },
         "roofs": {},
@@ -87,7 +93,6 @@ def run_case(module: str, case: Case, settings: Settings, say: Say = lambda _: N
     """Rows of one case: one for each runner and timing mode, or one that says why there is no time."""
     options, device = settings.options, settings.options.device
     names = [name for name in case.runners if not settings.runners or name in settings.runners]
-    variables = child_environment(case.threads or settings.threads, settings.variables)
     opening = {
         "module": module,
         "case": case.name,
@@ -97,21 +102,32 @@ def run_case(module: str, case: Case, settings: Settings, say: Say = lambda _: N
     }
     with tempfile.TemporaryDirectory(prefix="fastsr-bench-") as folder:
         truth = str(Path(folder) / "truth.pt")
-        preparer = WorkerProcess(variables)
-        workers = {name: WorkerProcess(variables) for name in names}  # started together: importing torch takes seconds
-        try:
+        with contextlib.closing(WorkerProcess(_variables(case, settings, "small"))) as preparer:
             answer = preparer.tell("open", settings.build_timeout, **opening)
             if answer["status"] == "ok":
                 answer = preparer.tell("truth", settings.build_timeout, path=truth)
-            preparer.close()
-            if answer["status"] != "ok":
-                failure = {"status": "failed", "reason": f"no truth to compare with: {answer['reason']}"}
-                return [_row(case, name, "", failure) for name in names]
-            return _measure(case, workers, opening, truth, settings, say, timing.modes(device, case.bytes))
-        finally:
-            preparer.close()
-            for worker in workers.values():
-                worker.close()
+        if answer["status"] != "ok":
+            failure = {"status": "failed", "reason": f"no truth to compare with: {answer['reason']}"}
+            return [_row(case, name, "", failure) for name in names]
+        rows = []
+        for pages in settings.pages if device == "cpu" else ("small",):
+            modes = timing.modes(device, case.bytes)
+            variables = _variables(case, settings, pages)
+            with contextlib.ExitStack() as stack:
+                # Started together: importing torch takes seconds.
+                workers = {name: stack.enter_context(contextlib.closing(WorkerProcess(variables))) for name in names}
+                found = _measure(case, workers, opening, truth, settings, say, modes if pages == "small" else modes[:1])
+            if pages == "huge":
+                found = [{**row, "mode": f"{row['mode']}, huge pages".removeprefix(", ")} for row in found]
+            rows += found
+            # Who is missing or wrong is so with any pages.
+            names = [name for name in names if any("seconds" in row for row in found if row["runner"] == name)]
+        return rows
+
+
+def _variables(case: Case, settings: Settings, pages: str) -> dict[str, str]:
+    asked = PAGES[pages] if case.device == "cpu" else {}
+    return child_environment(case.threads or settings.threads, {**settings.variables, **asked})
 
 
 def _measure(

@@ -6,6 +6,7 @@ the user's cache folder; it runs in a process of its own. GPU: a large copy and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,27 +23,32 @@ from typing import Any
 from fastsr.bench import cases as cases_package
 from fastsr.bench import process
 
-#: {"arithmetic float32": {"value", "unit", "how", "samples"}, "copy": {...}} or {"missing": reason}
+#: {"arithmetic float32": {"value", "unit", "how", "samples"}, "copy": {...}, "copy in L2": {..., "bytes"}} or {"missing": reason}
 Roofs = dict[str, Any]
 
 SECONDS, REPEATS = 0.05, 5  # of each measurement; the best counts, since a neighbour only ever slows one down
 COPY_BYTES = 256 << 20  # read and written by all threads together: far more than any cache keeps
+USUAL_L2 = 512 << 10  # where the system does not tell
 
 # Runs where nothing but the probe is loaded.
 _SCRIPT = """
 import importlib.util, json, sys
-path, threads, seconds, size, repeats = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+path, threads, seconds, repeats = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+copies = {
+    "copy": (int(sys.argv[5]), ("memcpy", "non-temporal stores")),
+    "copy in L2": (int(sys.argv[6]), ("memcpy", "avx2", "avx512")),
+}
 spec = importlib.util.spec_from_file_location("fastsr_roofs", path)
 probe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(probe)
-out = {"arithmetic float32": {}, "arithmetic bfloat16": {}, "copy": {}}
-stores = {"plain stores": False, **({"non-temporal stores": True} if probe.can_stream() else {})}
+out = {"arithmetic float32": {}, "arithmetic bfloat16": {}, "copy": {}, "copy in L2": {}}
 for turn in range(repeats):
     for dtype in ("float32", "bfloat16"):
         for isa in probe.instruction_sets(dtype)[: 1 if dtype == "float32" else 2]:
             out["arithmetic " + dtype].setdefault(isa, []).append(probe.arithmetic(isa, threads, seconds))
-    for name, streaming in stores.items() if turn % 2 == 0 else ():
-        out["copy"].setdefault(name, []).append(probe.copy(threads, size // threads // 2, streaming, seconds))
+    for name, (size, ways) in copies.items() if turn % 2 == 0 else ():
+        for how in filter(probe.ways_to_copy().__contains__, ways):
+            out[name].setdefault(how, []).append(probe.copy(threads, size // threads // 2, how, seconds))
 print(json.dumps(out))
 """
 
@@ -56,7 +62,8 @@ def measure_cpu(threads: int | None = None, seconds: float = SECONDS) -> Roofs:
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         library = compiled()
-        words = [sys.executable, "-c", _SCRIPT, str(library), str(threads), str(seconds), str(COPY_BYTES), str(REPEATS)]
+        in_cache = threads * l2_bytes() // 2
+        words = [sys.executable, "-c", _SCRIPT, str(library), *map(str, (threads, seconds, REPEATS, COPY_BYTES, in_cache))]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     except (NotMeasured, subprocess.TimeoutExpired) as error:
         return {"missing": str(error)}
@@ -66,9 +73,19 @@ def measure_cpu(threads: int | None = None, seconds: float = SECONDS) -> Roofs:
     for name, values in json.loads(done.stdout).items():
         if values:
             how = max(values, key=lambda way: max(values[way]))
-            unit = "GB/s" if name == "copy" else "GFLOP/s"
+            unit = "GB/s" if name.startswith("copy") else "GFLOP/s"
             found[name] = {"value": max(values[how]), "unit": unit, "how": f"{how}, {threads} threads", "samples": [values]}
+    found["copy in L2"]["bytes"] = threads * l2_bytes()
     return found
+
+
+def l2_bytes() -> int:
+    """The L2 cache of one core."""
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            if (index / "level").read_text().strip() == "2":
+                return int((index / "size").read_text().strip().removesuffix("K")) << 10
+    return USUAL_L2
 
 
 def better(a: Roofs, b: Roofs) -> Roofs:

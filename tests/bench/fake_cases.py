@@ -88,6 +88,11 @@ def _no_op(state: State) -> Call:
     return lambda x: torch.empty_like(x).fill_(0.25)
 
 
+def _small_pages(state: State) -> Call:
+    """Right where torch was told to ask for no huge pages."""
+    return _honest(state) if os.environ["THP_MEM_ALLOC_ENABLE"] == "0" else _no_op(state)
+
+
 def _crashing(state: State) -> Call:
     def call(x: torch.Tensor) -> torch.Tensor:
         print("about to die", flush=True)
@@ -119,6 +124,7 @@ RUNNERS = {
     "late": _late,
     "no-op": _no_op,
     "wrong stream": _wrong_stream,
+    "small pages": _small_pages,
     "crashing": _crashing,
     "raising": _raising,
     "missing": _missing,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,47 @@ def test_errors_and_missing_peers_are_told_apart(rows: dict[str, dict]) -> None:
     assert rows["raising"]["reason"] == "RuntimeError: no such kernel"
     assert rows["missing"]["status"] == "unavailable"
     assert rows["missing"]["reason"] == "the peer is not installed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pages are a CPU's")
+def test_every_runner_is_measured_with_small_and_with_huge_pages() -> None:
+    """The fake "small pages" is wrong where its process may ask for huge ones; who was wrong with small ones is not asked again."""
+    case = suite.cases(FAKES, suite.Options())[0]
+    settings = driver.Settings(threads=1, rounds=1, round_seconds=0.01, pages=("small", "huge"), runners=(BASELINE, "wrong", "small pages"))
+    rows = driver.run_case(FAKES, case, settings)
+    assert [(row["runner"], row["mode"], row["status"]) for row in rows] == [
+        ("wrong", "", "wrong"),
+        (BASELINE, "wall", "ok"),
+        ("small pages", "wall", "ok"),
+        (BASELINE, "warm", "ok"),
+        ("small pages", "warm", "ok"),
+        ("small pages", "huge pages", "wrong"),
+        (BASELINE, "wall, huge pages", "ok"),
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
+def test_workers_end_with_whoever_started_them() -> None:
+    """A driver that is killed while a worker is busy leaves nobody behind."""
+    script = (
+        "import os, sys\n"
+        "from fastsr.bench import process, suite\n"
+        "worker = process.WorkerProcess(process.environment(1, {}))\n"
+        f"case = suite.cases({FAKES!r}, suite.Options())[0].name\n"
+        f"worker.tell('open', 60, module={FAKES!r}, case=case, options=suite.Options().record(), threads=1, round_seconds=0.01)\n"
+        "print(worker._process.pid, flush=True)\n"
+        "worker.tell('build', 600, runner='hanging', truth='')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=process.environment(1, {})) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        time.sleep(0.5)
+        assert Path(f"/proc/{worker}").exists()
+        parent.kill()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < until, "the worker goes on"
+        time.sleep(0.05)
 
 
 def test_a_runner_that_hangs_is_given_up() -> None:

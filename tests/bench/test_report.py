@@ -87,11 +87,23 @@ def test_what_else_changed_is_said() -> None:
 
 def test_losses_come_first_and_the_largest_of_them_on_top() -> None:
     run = a_run(auto=0.010, OpenVINO=0.008, **{"eager channels-last": 0.009, "reference": 0.001})
-    assert [rival["runner"] for _, rival in rows.losses(run["results"])] == ["OpenVINO", "eager channels-last"]
+    groups = rows.groups(run["results"]).values()
+    assert [rival["runner"] for _, rival in rows.losses(groups)] == ["OpenVINO", "eager channels-last"]
     text = markdown.page({"run": run}, None, [])
-    assert text.index("## Where another runner is faster") < text.index("## All cases")
+    assert text.index("## Where another runner is faster") < text.index("## run")
     assert "| auto | 10." in text
     assert "conv3x3 a\\|b float32" in text
+
+
+def test_runners_of_two_machines_are_no_rivals() -> None:
+    """The slow machine's fastsr is slower than the fast one's OpenVINO: that says nothing about either."""
+    slow, fast = a_run(auto=0.010, OpenVINO=0.0115), a_run(auto=0.002, OpenVINO=0.0035)
+    text = markdown.page({"slow": slow, "fast": fast}, None, [])
+    assert "In none of the cases below." in text
+    assert text.count("### conv3x3 a|b float32\n") == 2
+    assert text.index("## slow") < text.index("| OpenVINO | 11.") < text.index("## fast") < text.index("| OpenVINO | 3.")
+    lost = markdown.page({"slow": a_run(auto=0.010, OpenVINO=0.009), "fast": fast}, None, [])
+    assert "| conv3x3 a\\|b float32 | slow | auto |" in lost
 
 
 def test_readme_shows_the_newest_run_and_says_what_is_lost() -> None:
@@ -107,12 +119,12 @@ def test_readme_shows_the_newest_run_and_says_what_is_lost() -> None:
         text = readme.block(order, newest)
         assert "| 16." in text
         assert "| 10." not in text
-        assert "faster in 1 of the 1 cases" in text
+        assert "faster in 1 of the 1 measurements" in text
         assert "0.50x OpenVINO" in text
         assert re.search(r"\| OpenVINO \| (7\.9|8\.0)", readme.lost(newest))
     newest = readme.newest_of([old])
-    assert "faster in none of the 1 cases." in readme.block([old], newest)
-    assert "In none of the 1 committed cases" in readme.lost(newest)
+    assert "faster in none of the 1 measurements." in readme.block([old], newest)
+    assert "In none of the 1 committed measurements" in readme.lost(newest)
 
 
 def test_curves_and_wide_ratios_are_drawn() -> None:

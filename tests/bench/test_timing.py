@@ -142,6 +142,11 @@ def test_rates_take_the_roof_that_binds() -> None:
     [moving] = results.rate([{**row, "bytes": 1e9}], roof)
     assert moving["roof"]["name"] == "copy"
     assert moving["speedup"] is None
+    cached = {**roof, "copy in L2": {"value": 40.0, "unit": "GB/s", "how": "", "bytes": 2e8}}
+    small = {**row, "flops": 1.0, "bytes": 1e8}
+    for mode, moved, name, percent in (("warm", 1e8, "copy in L2", 12.5), ("wall", 1e8, "copy", 50), ("warm", 3e8, "copy", 150)):
+        [found] = results.rate([{**small, "mode": mode, "bytes": moved}], cached)
+        assert (found["roof"]["name"], found["roof"]["percent"]) == (name, pytest.approx(percent))
     [unknown] = results.rate([{**row, "dtype": "float16"}], roof)
     assert unknown["roof"] is None
 
@@ -151,8 +156,9 @@ def test_roofs_compile_and_are_plausible() -> None:
     first, second = roofs.measure_cpu(1), roofs.measure_cpu(1)
     if "missing" in first:
         pytest.fail(f"the roof probe does not run: {first['missing']}")
-    assert {"arithmetic float32", "copy"} <= first.keys()
-    for name in ("arithmetic float32", "copy"):
+    assert {"arithmetic float32", "copy", "copy in L2"} <= first.keys()
+    assert first["copy in L2"]["value"] > first["copy"]["value"]
+    for name in ("arithmetic float32", "copy", "copy in L2"):
         a, b = first[name]["value"], second[name]["value"]
         assert 1 < a < 1e4, f"{name}: {a} {first[name]['unit']}"
         assert 0.5 < a / b < 2, f"{name}: {a} and {b}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastsr.bench import compare, results
-from fastsr.bench.report.rows import Row, groups, losses, median
+from fastsr.bench.report.rows import Row, groups, losses, median, title
 from fastsr.bench.statistics import summary
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -18,21 +18,19 @@ HEADINGS = (
 
 def page(runs: Runs, before: Mapping[str, Any] | None, pictures: Sequence[str]) -> str:
     """The whole page; `pictures` are the names of the image files beside it."""
-    rows = [row for run in runs.values() for row in run["results"]]
-    parts = ["# Benchmarks", *(_machine(name, run) for name, run in runs.items())]
-    parts += ["## Where another runner is faster", _losses(rows)]
+    parts = ["# Benchmarks", "## Where another runner is faster", _losses(runs)]
     if before is not None:
         for name, run in runs.items():
             parts += [f"## {name} against the baseline", _comparison(before, run)]
     if pictures:
         parts += ["## Plots", *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures)]
-    parts.append("## All cases")
-    for (case, mode), group in groups(rows).items():
-        title = f"### {case}" if mode in ("", "wall") else f"### {case}, {mode}"
-        parts += [title, table(HEADINGS, [_cells(row) for row in group])]
-    if missing := [row for row in rows if "seconds" not in row]:
-        lines = [(row["case"], " ".join(filter(None, (row["runner"], row["mode"]))), row["status"], row["reason"]) for row in missing]
-        parts += ["## Not timed", table(("case", "runner", "status", "reason"), lines)]
+    for name, run in runs.items():
+        parts += [f"## {name}", _machine(run)]
+        for key, group in groups(run["results"]).items():
+            parts += [f"### {title(*key)}", table(HEADINGS, [_cells(row) for row in group])]
+        if missing := [row for row in run["results"] if "seconds" not in row]:
+            lines = [(row["case"], " ".join(filter(None, (row["runner"], row["mode"]))), row["status"], row["reason"]) for row in missing]
+            parts += [f"### Not timed in {name}", table(("case", "runner", "status", "reason"), lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,20 +40,21 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
 
 
-def _machine(name: str, run: Mapping[str, Any]) -> str:
+def _machine(run: Mapping[str, Any]) -> str:
     commit = (run["environment"].get("commit") or "unknown")[:10]
-    return f"**{name}**: {results.machine(run['environment'])}, commit {commit}; {results.roof_line(run['roofs'])}"
+    return f"{results.machine(run['environment'])}, commit {commit}; {results.roof_line(run['roofs'])}"
 
 
-def _losses(rows: Sequence[Row]) -> str:
-    found = losses(rows)
+def _losses(runs: Runs) -> str:
+    names = {id(row): name for name, run in runs.items() for row in run["results"]}
+    found = losses(group for run in runs.values() for group in groups(run["results"]).values())
     if not found:
         return "In none of the cases below."
-    lines = [
-        (mine["case"], mine["mode"], mine["runner"], ms(mine), rival["runner"], ms(rival), f"{median(rival) / median(mine):.2f}x")
-        for mine, rival in found
-    ]
-    return table(("case", "mode", "fastsr", "ms", "rival", "ms", "rival/fastsr"), lines)
+    lines = []
+    for mine, rival in found:
+        case, ratio = title(mine["case"], mine["mode"]), f"{median(rival) / median(mine):.2f}x"
+        lines.append((case, names[id(mine)], mine["runner"], ms(mine), rival["runner"], ms(rival), ratio))
+    return table(("case", "run", "fastsr", "ms", "rival", "ms", "rival/fastsr"), lines)
 
 
 def _comparison(before: Mapping[str, Any], run: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastsr.bench.report.rows import Row, best_rival, groups, is_ours, median, ours
+from fastsr.bench.report.rows import Row, best_rival, groups, is_ours, median, ours, title
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -34,15 +34,14 @@ def draw(runs: Runs) -> dict[str, bytes]:
         return {}
     matplotlib.use("Agg")
     pictures: dict[str, bytes] = {}
-    rows = [row for run in runs.values() for row in run["results"]]
-    if bars := _ratios(rows):
+    if bars := _ratios(runs):
         pictures["ratios"] = bars
     for name, run in runs.items():
         if roofline := _roofline(name, run):
             pictures[f"roofline-{name}"] = roofline
     for axis in AXES:
-        along = [row for row in rows if row["sizes"].get("axis") == axis and "seconds" in row]
-        if along:
+        along = {name: [row for row in run["results"] if row["sizes"].get("axis") == axis and _plain(row)] for name, run in runs.items()}
+        if along := {name: rows for name, rows in along.items() if rows}:
             pictures[f"time-against-{axis}"] = _curves(along, axis, "ms", lambda row: median(row) * 1e3)
             pictures[f"memory-against-{axis}"] = _curves(along, axis, "peak MB", lambda row: max(row["peak_bytes"], 1e3) / 1e6)
     return pictures
@@ -71,16 +70,19 @@ def _log_log(axes: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _ratios(rows: Sequence[Row]) -> bytes | None:
-    """For every case, how many times faster than eager channels-last: ours, and the best of the others."""
+def _ratios(runs: Runs) -> bytes | None:
+    """For every case of every run, how many times faster than eager channels-last: ours, and the best of the others."""
     bars = []
-    for (case, mode), group in groups(rows).items():
-        mine, rival = ours(group), best_rival(group)
-        if mine is not None and mine.get("speedup") and rival is not None and rival.get("speedup"):
-            bars.append((case if mode in ("", "wall") else f"{case}, {mode}", mine["speedup"], rival["speedup"], rival["runner"]))
+    for name, run in runs.items():
+        for key, group in groups(run["results"]).items():
+            mine, rival = ours(group), best_rival(group)
+            if mine is not None and mine.get("speedup") and rival is not None and rival.get("speedup"):
+                label = title(*key) + (f" [{name}]" if len(runs) > 1 else "")
+                bars.append((label, mine["speedup"], rival["speedup"], rival["runner"]))
     if not bars:
         return None
-    bars = sorted(bars, key=lambda bar: bar[1] / bar[2])[-MOST_BARS:]
+    # Of too many the least favourable are shown.
+    bars = sorted(bars, key=lambda bar: bar[1] / bar[2])[:MOST_BARS]
     figure = _figure(9, 1.2 + 0.42 * len(bars))
     axes = figure.add_subplot()
     for y, (_, mine, rival, name) in enumerate(bars):
@@ -127,14 +129,20 @@ def _roofline(name: str, run: Mapping[str, Any]) -> bytes | None:
     return _png(figure)
 
 
-def _curves(rows: Sequence[Row], axis: str, unit: str, value: Callable[[Row], float]) -> bytes:
-    """One panel for each subject and dtype, one line for each runner."""
-    panels: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        lines = panels.setdefault((row["subject"], row["dtype"]), {})
-        lines.setdefault(row["runner"], []).append((float(row["sizes"][axis]), value(row)))
+def _plain(row: Row) -> bool:
+    """Timed in the first of its modes."""
+    return "seconds" in row and row["mode"] in ("wall", "cold")
+
+
+def _curves(along: Mapping[str, Sequence[Row]], axis: str, unit: str, value: Callable[[Row], float]) -> bytes:
+    """One panel for each run, subject and dtype, one line for each runner."""
+    panels: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
+    for name, rows in along.items():
+        for row in rows:
+            lines = panels.setdefault((row["subject"], row["dtype"], *([f"[{name}]"] if len(along) > 1 else [])), {})
+            lines.setdefault(row["runner"], []).append((float(row["sizes"][axis]), value(row)))
     figure = _figure(5.5 * len(panels), 4)
-    for place, ((subject, dtype), lines) in enumerate(sorted(panels.items()), 1):
+    for place, (heading, lines) in enumerate(sorted(panels.items()), 1):
         axes = figure.add_subplot(1, len(panels), place)
         for number, (runner, points) in enumerate(sorted(lines.items())):
             mine = is_ours({"runner": runner})
@@ -142,6 +150,6 @@ def _curves(rows: Sequence[Row], axis: str, unit: str, value: Callable[[Row], fl
             colour = OURS if mine and runner == "auto" else RIVALS[number % len(RIVALS)]
             axes.plot(xs, ys, "o-", color=colour, linewidth=2 if mine else 1, markersize=4, label=runner)
         _log_log(axes)
-        axes.set(xlabel=AXES[axis], ylabel=unit, title=f"{subject} {dtype}")
+        axes.set(xlabel=AXES[axis], ylabel=unit, title=" ".join(heading))
         axes.legend(fontsize=7)
     return _png(figure)

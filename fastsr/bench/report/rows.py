@@ -26,7 +26,7 @@ def median(row: Row) -> float:
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The timed rows by case and mode, fastest first."""
+    """The timed rows of one run by case and mode, fastest first; rows of two runs are no rivals of each other."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "seconds" in row:
@@ -45,10 +45,15 @@ def best_rival(group: Iterable[Row]) -> Row | None:
     return min((row for row in group if not is_ours(row)), key=median, default=None)
 
 
-def losses(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """(ours, rival) for every case in which any other runner is faster, the largest loss first."""
-    found = []
-    for group in groups(rows).values():
+def losses(found: Iterable[Iterable[Row]]) -> list[tuple[Row, Row]]:
+    """(ours, rival) for every rival that is faster in one of the groups, the largest loss first."""
+    pairs = []
+    for group in found:
         mine = ours(group)
-        found += [(mine, row) for row in group if mine is not None and not is_ours(row) and median(row) < median(mine)]
-    return sorted(found, key=lambda pair: median(pair[1]) / median(pair[0]))
+        pairs += [(mine, row) for row in group if mine is not None and not is_ours(row) and median(row) < median(mine)]
+    return sorted(pairs, key=lambda pair: median(pair[1]) / median(pair[0]))
+
+
+def title(case: str, mode: str) -> str:
+    """What a plot or a heading calls a group."""
+    return case if mode in ("", "wall") else f"{case}, {mode}"
