@@ -15,20 +15,33 @@ import string
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastsr.bench import report, results
+from fastsr.bench.case import BASELINE
 from fastsr.bench.report import markdown
-from fastsr.bench.report.rows import Row, best_rival, groups, losses, median, ours, title
+from fastsr.bench.report.rows import Row, best_rival, groups, is_first, losses, median, ours, title
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: make report -->", "<!-- end of figures -->"
 
-#: Of a case and mode on a machine the newest row of ours, and all timed rows beside it; the newest run last.
-Newest = dict[tuple[str, str, str], tuple[Row, list[Row]]]
 
-HEADINGS = ("case", "machine", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best library")
+@dataclass(frozen=True)
+class Newest:
+    """The newest measurement of a case in a mode on a machine."""
+
+    mine: Row
+    group: list[Row]  # all timed rows
+    states: dict[str, str]  # why the other runners have no time
+    listed: bool  # whether README has a line for it
+
+
+#: By case, mode and machine; the newest run last.
+Found = dict[tuple[str, str, str], Newest]
+
+HEADINGS = ("case", "machine", "fastsr ms", "of roof", "vs eager channels-last", "vs torch.compile", "vs the best other")
 
 
 def main() -> int:
@@ -62,14 +75,17 @@ def write_report(files: Sequence[Path], target: Path) -> None:
             shutil.move(Path(folder) / name, target / name)
 
 
-def newest_of(runs: Sequence[Mapping[str, Any]]) -> Newest:
-    """Every case, mode and machine that one of ours was timed in."""
-    found: Newest = {}
+def newest_of(runs: Sequence[Mapping[str, Any]]) -> Found:
+    """Every case, mode and machine that one of ours was timed in. README lists those of full size in their first mode: small pages, on
+    a GPU a cold cache. Losses count in all."""
+    found: Found = {}
     for run in sorted(runs, key=lambda run: str(run["environment"]["date"])):
+        full = run["settings"].get("sizes", "full") == "full"
         for (case, mode), group in groups(run["results"]).items():
             if (mine := ours(group)) is not None:
+                states = {row["runner"]: row["status"] for row in run["results"] if row["case"] == case and "seconds" not in row}
                 found.pop((case, mode, machine_of(run)), None)  # the order is that of the runs
-                found[case, mode, machine_of(run)] = (mine, group)
+                found[case, mode, machine_of(run)] = Newest(mine, group, states, full and mine["suite"] != "scaling" and is_first(mine))
     return found
 
 
@@ -78,13 +94,12 @@ def machine_of(run: Mapping[str, Any]) -> str:
     return results.machine(run["environment"]).rsplit(",", 1)[0]
 
 
-def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
+def block(runs: Sequence[Mapping[str, Any]], newest: Found) -> str:
     """What README says: machines, how much is lost, the figure, a line for each case."""
     machines = sorted({machine_of(run) for run in runs})
     letters = {machine: string.ascii_uppercase[i] for i, machine in enumerate(machines)}
     figure = "![times faster than eager channels-last](docs/benchmarks/ratios.png)"
-    # A line for each case: its newest run, small pages, on a GPU a cold cache. Losses count in all modes.
-    latest = {case: _line(case, letters[machine], *rows) for (case, mode, machine), rows in newest.items() if mode in ("wall", "cold")}
+    latest = {case: _line(case, letters[machine], found) for (case, _, machine), found in newest.items() if found.listed}
     lines = [latest[case] for case in sorted(latest)]
     cases = {id(mine) for mine, _ in _losses(newest)}
     said = f"Another runner is faster in {len(cases) or 'none'} of the {len(newest)} measurements"
@@ -93,7 +108,7 @@ def block(runs: Sequence[Mapping[str, Any]], newest: Newest) -> str:
     return "\n\n".join([f"*{named}*", said + where, figure, markdown.table(HEADINGS, lines)])
 
 
-def lost(newest: Newest) -> str:
+def lost(newest: Found) -> str:
     """The cases in which another runner is faster, the largest loss first."""
     lines = [
         (title(mine["case"], mine["mode"]), markdown.ms(mine), rival["runner"], markdown.ms(rival), f"{median(rival) / median(mine):.2f}x")
@@ -104,21 +119,21 @@ def lost(newest: Newest) -> str:
     return markdown.table(("case", "fastsr ms", "faster", "ms", "its time over ours"), lines)
 
 
-def _losses(newest: Newest) -> list[tuple[Row, Row]]:
-    return losses(group for _, group in newest.values())
+def _losses(newest: Found) -> list[tuple[Row, Row]]:
+    return losses(found.group for found in newest.values())
 
 
-def _line(case: str, machine: str, mine: Row, group: Sequence[Row]) -> tuple[str, ...]:
-    times = {row["runner"]: median(row) for row in group}
-    others = [row for row in group if not row["runner"].startswith(("eager", "torch.compile"))]
-    best = best_rival(others)
+def _line(case: str, machine: str, found: Newest) -> tuple[str, ...]:
+    mine, times = found.mine, {row["runner"]: median(row) for row in found.group}
+    columns = (BASELINE, "torch.compile")
 
-    def ratio(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{seconds / median(mine):.2f}x"
+    def ratio(runner: str) -> str:
+        return f"{times[runner] / median(mine):.2f}x" if runner in times else found.states.get(runner, "left out")
 
     percent = "-" if mine.get("roof") is None else f"{mine['roof']['percent']:.0f}%"
-    peer = "-" if best is None else f"{ratio(median(best))} {best['runner']}"
-    return (case, machine, markdown.ms(mine), percent, ratio(times.get("eager channels-last")), ratio(times.get("torch.compile")), peer)
+    best = best_rival(row for row in found.group if row["runner"] not in columns)
+    peer = "-" if best is None else f"{ratio(best['runner'])} {best['runner']}"
+    return (case, machine, markdown.ms(mine), percent, *map(ratio, columns), peer)
 
 
 if __name__ == "__main__":

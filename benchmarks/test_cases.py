@@ -48,13 +48,13 @@ def test_case(benchmark: Any, truth: Any, case: Case, name: str) -> None:
     with fastsr.set_backend("auto"):  # a model's builder sets the process's backend; the next runner must not inherit it
         try:
             call = runner.build(gate.draw_state(case, dtype))
-            verdict = gate.judge(case, call, truth(case), channels_last=runner.channels_last)
+            verdict = gate.judge(case, runner, call, truth(case))
         except (Unavailable, BackendUnavailable) as error:
             pytest.skip(str(error))
         if not verdict.passed and not is_ours({"runner": name}):
             pytest.skip(f"never timed, since wrong: {verdict.reason}")
         assert verdict.passed, verdict.reason
-        sets = [gate.draw_inputs(case, seed, dtype, runner.channels_last) for seed in range(2)]
+        sets = [gate.draw_for(case, runner, seed) for seed in range(2)]
         turn = 0
 
         def fresh() -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:

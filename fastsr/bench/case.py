@@ -38,6 +38,7 @@ class Runner:
 
     build: Builder
     channels_last: bool = True  # the layout in which it gets its (N, C, H, W) inputs
+    dtype: str | None = None  # that of its inputs, where it is not the case's; their values are the case's all the same
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Case:
     `eager` is the plain computation: in float64 it is the truth, in the case's dtype it sets the error allowed.
     `flops` counts a multiply-add as two, as a direct convolution has them; `bytes` counts each input read once
     and each output written once. `crop` is for a forward case whose float64 would take minutes: it cuts the inputs to a size
-    that the same call can take (see `fastsr.bench.gate`).
+    that the same call can take (see `fastsr.bench.gate`). `margin` says where a whole-number output, of the inputs and the state in
+    float64, is clear: elsewhere two values are so near each other that either is right.
     """
 
     suite: Literal["ops", "models", "scaling"]
@@ -64,6 +66,7 @@ class Case:
     eager: Builder
     runners: Mapping[str, Runner] = field(default_factory=dict)
     crop: Callable[[Inputs], Inputs] | None = None
+    margin: Callable[[Inputs, State], Tensor] | None = None
     threads: int | None = None  # CPU threads, where the case is about their number
 
     @property

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if torch sees one")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="may be repeated; default float32, on a GPU bfloat16")
     parser.add_argument("--threads", type=int, help="CPU threads of every runner; default: all cores of this process")
-    parser.add_argument("--rounds", type=int, help="rounds in which every runner takes its turn; default 5, quick 3")
+    parser.add_argument("--rounds", type=int, help="rounds in which every runner takes its turn; default 6, quick 3")
     parser.add_argument("--runner", action="append", default=[], help="only this runner; may be repeated")
     parser.add_argument("--case", action="append", default=[], help="only cases whose name holds this text; may be repeated")
     parser.add_argument(
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     settings = driver.Settings(
         options=suite.Options(device, dtypes, "quick" if args.quick else "full"),
         threads=args.threads or (driver.cores() if device == "cpu" else None),
-        rounds=args.rounds or (3 if args.quick else 5),
+        rounds=args.rounds or (3 if args.quick else 6),
         round_seconds=0.2 if args.quick else 0.5,
         runners=tuple(args.runner),
         match=tuple(args.case),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastsr.bench.statistics import ratio_interval
 
-#: Ratios this close to 1 are called equal however sure they are: other inputs or another day move them as much.
+#: Ratios this close to 1 are called equal however sure they are: another process or another day moves them as much.
 NEGLIGIBLE = 0.02
 
 HEADINGS = ("case", "runner", "before ms", "now ms", "before/now", "95% interval", "verdict")
@@ -24,7 +24,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, An
     """One object for each case, runner and mode that both runs timed.
 
     `ratio` is the old median over the new one, so that more than 1 is faster now; `interval` its 95% interval. The verdict is
-    "faster" or "slower" if the whole interval lies on that side of 1 and the ratio is more than 2% away from it, else "same".
+    "faster" or "slower" if the whole interval lies more than 2% on that side of 1, else "same".
     """
     before, found = timed(old), []
     for key, row in timed(new).items():
@@ -32,9 +32,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, An
             continue
         ratio = before[key]["seconds"]["median"] / row["seconds"]["median"]
         low, high = ratio_interval(before[key]["samples"], row["samples"])
-        verdict = "same"
-        if abs(ratio - 1) > NEGLIGIBLE and not low <= 1 <= high:
-            verdict = "faster" if ratio > 1 else "slower"
+        verdict = "faster" if low > 1 + NEGLIGIBLE else "slower" if high < 1 / (1 + NEGLIGIBLE) else "same"
         case, runner, mode = key
         found.append({
             "case": case, "runner": runner, "mode": mode, "before": before[key]["seconds"]["median"], "now": row["seconds"]["median"],
@@ -54,6 +52,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         "huge pages": (a["huge_pages"], b["huge_pages"]),
         "instruction set": (a["native"]["isa"], b["native"]["isa"]),
         "pages": (old["settings"].get("pages"), new["settings"].get("pages")),
+        "rounds": (old["settings"].get("rounds"), new["settings"].get("rounds")),
         "variables": (old["settings"]["variables"], new["settings"]["variables"]),
         **{name: (a["packages"].get(name), b["packages"].get(name)) for name in sorted({*a["packages"], *b["packages"]})},
     }

@@ -36,7 +36,10 @@ VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TRITON_INTERPRET",
 )
-PACKAGES = ("torch", "triton", "numpy", "openvino", "onnxruntime", "ncnn")
+PACKAGES = (
+    "torch", "triton", "numpy", "openvino", "onnxruntime", "onnx", "ncnn", "faiss-cpu", "faiss-gpu", "vector-quantize-pytorch",
+    "flash-kmeans", "torch-tensorrt",
+)  # fmt: skip
 
 
 def record(threads: int | None = None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ For every output y of a call, with y64 from the eager computation in float64 on 
     2. allowed = 2 * e(eager in the same dtype) + 2 * eps(dtype), eager's e being the larger of NCHW and channels-last
     3. the runner passes if e(y) <= allowed, on every set of inputs
 
+Whole numbers (a code's index) must be the float64 answer's wherever the case calls that answer clear (`Case.margin`), else everywhere.
+
 A case with a `crop` is one whose float64 would take minutes. The same call must then pass twice on every set of inputs:
 
     4. on the crop of the inputs, steps 1 to 3 as they stand
@@ -24,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsr.bench.case import Call, Case, Inputs, State, to_layout
+from fastsr.bench.case import Call, Case, Inputs, Runner, State, to_layout
 
-#: Two sets, so that a runner which hands out its first answer again is caught.
-GATE_SEEDS = (9001, 9002)
+#: Before the clock two sets, so that a runner which hands out its first answer again is caught.
+SEEDS = (9001, 9002)
 STATE_SEED = 7
 HOLD_CYCLES = 40_000_000
 
@@ -41,6 +43,7 @@ class Truth:
     outputs: list[Tensor]
     planes: list[bool]  # whether each output is judged by (image, channel) too
     plain: list[tuple[float, float]]  # eager's errors, of each output's tensor and of its worst plane
+    clear: Tensor | None = None  # where whole numbers must agree; None for everywhere
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,20 @@ def draw_inputs(case: Case, seed: int, dtype: torch.dtype, channels_last: bool =
     return to_layout(tuple(t.to(low).to(case.device, dtype) if t.is_floating_point() else t.to(case.device) for t in drawn), channels_last)
 
 
-def prepare(case: Case, path: Path) -> None:
+def draw_for(case: Case, runner: Runner, seed: int) -> Inputs:
+    """A fresh set of inputs as the runner takes them: the case's numbers in its dtype and layout."""
+    return draw_inputs(case, seed, getattr(torch, runner.dtype or case.dtype), runner.channels_last)
+
+
+def seed_after(number: int) -> int:
+    """The inputs of the judgement after the clock with this number: one that its process has not seen."""
+    return SEEDS[-1] + 1 + number
+
+
+def prepare(case: Case, path: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     """Compute the truth and eager's error for every set of inputs, and keep both in `path` for the runners."""
     low, kept = _dtype(case), []
-    for seed in GATE_SEEDS:
+    for seed in seeds:
         exact = _truth(case, seed, torch.float64, cropped=case.crop is not None)
         kept.append(exact)
         if case.crop is not None:
@@ -91,27 +104,32 @@ def _truth(case: Case, seed: int, wide: torch.dtype, cropped: bool, plain: list[
     images = {outputs[0].shape, _inputs(case, seed, low, cropped)[0].shape}
     planes = [t.dim() == 4 and t.shape in images for t in outputs]
     if plain is None:
-        # Both layouts are plain PyTorch, with different algorithms and errors beneath.
+        # Both layouts are plain PyTorch, with different algorithms and errors beneath. Of whole numbers none may be wrong.
         by_layout = [
             [errors(y.cpu(), t, p) for y, t, p in zip(_outputs(case, seed, low, cropped, layout), outputs, planes, strict=True)]
             for layout in (False, True)
         ]
         plain = [(max(a[0], b[0]), max(a[1], b[1])) for a, b in zip(*by_layout, strict=True)]
-    return Truth(seed, cropped, outputs, planes, plain)
+    clear = None
+    if case.margin is not None and any(not t.is_floating_point() for t in outputs):
+        clear = case.margin(_inputs(case, seed, torch.float64, cropped), draw_state(case, torch.float64)).cpu()
+    return Truth(seed, cropped, outputs, planes, plain, clear)
 
 
-def judge(case: Case, call: Call, path: Path, sets: list[Inputs] | None = None, channels_last: bool = True) -> Verdict:
-    """Put every gate input through `call` and compare. With `sets`, the numbers are copied into those tensors first,
-    so that the very storages which were timed are judged again; crops, which are no such storage, are left out."""
+def judge(
+    case: Case, runner: Runner, call: Call, path: Path, seeds: tuple[int, ...] = SEEDS, sets: list[Inputs] | None = None
+) -> Verdict:
+    """Put the inputs of `seeds` through the runner's `call` and compare. With `sets`, the numbers are copied into those tensors
+    first, so that the very storages which were timed are judged again; crops, which are no such storage, are left out."""
     eps = torch.finfo(_dtype(case)).eps
     worst = Verdict(True, 0.0, math.inf)
     truths = [Truth(**kept) for kept in torch.load(path)]
     for truth in truths:
-        if sets and truth.cropped:
+        if truth.seed not in seeds or (sets and truth.cropped):
             continue
-        inputs = _inputs(case, truth.seed, _dtype(case), truth.cropped, channels_last)
+        inputs = _inputs(case, truth.seed, getattr(torch, runner.dtype or case.dtype), truth.cropped, runner.channels_last)
         if sets:
-            mine = sets[GATE_SEEDS.index(truth.seed) % len(sets)]
+            mine = sets[truth.seed % len(sets)]
             hold_stream(case.device)
             for timed, drawn in zip(mine, inputs, strict=True):
                 timed.copy_(drawn)
@@ -123,6 +141,11 @@ def judge(case: Case, call: Call, path: Path, sets: list[Inputs] | None = None, 
         for number, (y, t, p, allowances) in enumerate(zip(outputs, truth.outputs, truth.planes, truth.plain, strict=True)):
             if y.shape != t.shape:
                 return Verdict(False, math.inf, 0.0, f"output {number} has shape {tuple(y.shape)}; expected {tuple(t.shape)}")
+            if not t.is_floating_point():
+                if wrong := mistakes(y.detach().cpu(), t, truth.clear):
+                    reason = f"output {number}: {wrong} of {t.numel()} are wrong; none may be where the answer is clear"
+                    return Verdict(False, wrong, 0.0, reason)
+                continue
             for what, e, e_plain in zip(("tensor", "worst plane"), errors(y.detach().cpu(), t, p), allowances, strict=True):
                 allowed = 2 * e_plain + 2 * eps
                 # Written so that NaN fails.
@@ -131,7 +154,15 @@ def judge(case: Case, call: Call, path: Path, sets: list[Inputs] | None = None, 
                     return Verdict(False, e, allowed, f"{where}: error of the {what} is {e:.3g}; at most {allowed:.3g} is allowed")
                 if e / allowed >= worst.error / worst.allowed:
                     worst = Verdict(True, e, allowed)
-    return worst
+    return worst if math.isfinite(worst.allowed) else Verdict(True, 0.0, 0.0)
+
+
+def mistakes(y: Tensor, truth: Tensor, clear: Tensor | None) -> int:
+    """How many of the whole numbers differ where they must not; a floating-point answer is no whole number."""
+    if y.is_floating_point():
+        return truth.numel()
+    differs = y.to(truth.dtype) != truth
+    return int((differs if clear is None else differs & clear).sum())
 
 
 def hold_stream(device: str) -> None:

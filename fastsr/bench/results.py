@@ -95,7 +95,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _block(name: str, rows: list[dict[str, Any]]) -> str:
     timed = sorted((row for row in rows if "seconds" in row), key=lambda row: (row["mode"], row["seconds"]["median"]))
-    others = [row for row in rows if "seconds" not in row]
+    others = [row for row in rows if "seconds" not in row and row["status"] != "left out"]
     notes = "".join(f"  {' '.join(filter(None, (row['runner'], row['mode'])))}: {row['status']}: {row['reason']}\n" for row in others)
     if not timed:
         return f"{name}\n{notes}"

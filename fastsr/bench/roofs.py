@@ -90,8 +90,8 @@ def l2_bytes() -> int:
 
 def better(a: Roofs, b: Roofs) -> Roofs:
     """The higher value of each roof, with the samples of both."""
-    if "missing" in a or "missing" in b:
-        return b if "missing" in a else a
+    if not a or "missing" in a or "missing" in b:
+        return b if not a or "missing" in a else a
     best = {}
     for name in a:
         higher = a[name] if a[name]["value"] >= b[name]["value"] else b[name]

@@ -29,19 +29,18 @@ def median(values: Sequence[float]) -> float:
     return quantile(sorted(values), 0.5)
 
 
-def median_interval(ordered: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """An interval that holds the true median with at least this confidence, whatever the distribution.
+def median_interval(ordered: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """An interval that holds the true median with at least this confidence, whatever the distribution, and its own confidence.
 
     Of n independent samples, the number below the median is binomial(n, 1/2): from the k-th smallest to the k-th largest
     is the narrowest symmetric pair of order statistics that suffices; of fewer than six samples none does, and all are taken.
     """
     n = len(ordered)
-    k, below = 0, 0.5**n  # P(fewer than k + 1 samples lie below the median)
-    while k + 1 <= (n - 1) // 2 and 2 * below <= 1 - confidence:
+    k, fewer = 1, 1  # sets of samples, of 2**n, that leave fewer than k of them below the median
+    while k < (n + 1) // 2 and 2 * (fewer + math.comb(n, k)) / 2**n <= 1 - confidence:
+        fewer += math.comb(n, k)
         k += 1
-        below += math.comb(n, k) * 0.5**n
-    k = max(k, 1)
-    return ordered[k - 1], ordered[n - k]
+    return ordered[k - 1], ordered[n - k], 1 - 2 * fewer / 2**n
 
 
 def outliers(rounds: Sequence[Sequence[float]]) -> list[dict[str, float]]:
@@ -77,17 +76,20 @@ def ratio_interval(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]
 
 
 def summary(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Median with its 95% interval, quartiles, extremes and count of all samples, outliers by name, and the medians of the
-    rounds (which show drift)."""
+    """Median, quartiles, extremes and count of all samples, outliers by name, and the medians of the rounds (which show drift) with
+    an interval from them: calls of one round share the state that the machine was in, so that rounds are what was repeated."""
     ordered = sorted(sample for samples in rounds for sample in samples)
+    medians = [median(samples) for samples in rounds if samples]
+    low, high, confidence = median_interval(sorted(medians))
     return {
         "median": quantile(ordered, 0.5),
-        "interval": list(median_interval(ordered)),
+        "interval": [low, high],
+        "confidence": confidence,
         "q1": quantile(ordered, 0.25),
         "q3": quantile(ordered, 0.75),
         "min": ordered[0],
         "max": ordered[-1],
         "n": len(ordered),
         "outliers": outliers(rounds),
-        "round_medians": [median(samples) for samples in rounds if samples],
+        "round_medians": medians,
     }

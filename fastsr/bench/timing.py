@@ -1,11 +1,13 @@
 """How one call is timed, on a CPU and on a GPU. Every function returns one time in seconds per call.
 
     wall     CPU: the monotonic clock around each call, the calls going round all input sets
-    warm     CPU: the same, with one input set again and again
+    warm     CPU: the same, with one input set in the same storages, so that caches hold it
+    cold     CPU: as wall, and before each call other memory than the call's fills the caches
     cold     GPU: device events around each call, the L2 cache overwritten before it
-    warm     GPU: device events around each call, the same inputs again and again
+    warm     GPU: device events around each call, one input set in the same storages
     graph    GPU: replays of one CUDA graph that holds a call per input set; no launch from Python in between
 
+Outside the clock every set gets new numbers before it is used again: `renew(set)`. Nobody can answer from memory.
 Events include the gaps in which the GPU waits for the next launch; a graph replay does not.
 """
 
@@ -30,26 +32,37 @@ CUDA_MODES = ("cold", "warm", "graph")
 WARM_BYTES = 8 << 20
 
 
+#: Read to fill the caches of a CPU: twice the last level of most, of which a core of a large machine reaches a part.
+FLUSH_BYTES = 128 << 20
+
+#: Puts new numbers into the tensors of an input set.
+Renew = Callable[[Inputs], None]
+
+
 def modes(device: str, moved: float) -> tuple[str, ...]:
     """The ways in which a case that moves so many bytes is timed."""
     if device == "cuda":
         return CUDA_MODES
-    return ("wall", "warm") if moved < WARM_BYTES else ("wall",)
+    return ("wall", "warm", "cold") if moved < WARM_BYTES else ("wall",)
 
 
-def wall(call: Call, sets: Sequence[Inputs], iterations: int) -> list[float]:
+def wall(call: Call, sets: Sequence[Inputs], iterations: int, renew: Renew, cold: bool = False) -> list[float]:
     """Time `iterations` calls that go round the input sets; releasing the answer is not timed."""
     samples = []
+    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
     for i in range(iterations):
         inputs = sets[i % len(sets)]
+        if flush is not None:
+            flush.sum()
         start = time.perf_counter()
         answer = call(*inputs)
         samples.append(time.perf_counter() - start)
         del answer
+        renew(inputs)
     return samples
 
 
-def events(call: Call, sets: Sequence[Inputs], iterations: int, cold: bool, cuda: Any = torch.cuda) -> list[float]:
+def events(call: Call, sets: Sequence[Inputs], iterations: int, renew: Renew, cold: bool, cuda: Any = torch.cuda) -> list[float]:
     """Time calls by device events; `cold` overwrites twice the L2 cache before each."""
     flush = torch.empty(2 * l2_bytes(cuda), dtype=torch.uint8, device="cuda") if cold else None
     starts = [cuda.Event(enable_timing=True) for _ in range(iterations)]
@@ -62,6 +75,7 @@ def events(call: Call, sets: Sequence[Inputs], iterations: int, cold: bool, cuda
         answer = call(*inputs)
         ends[i].record()
         del answer
+        renew(inputs)
     cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
 
@@ -87,12 +101,13 @@ class Graph:
         """Run the captured calls again on what the input sets hold now."""
         self._graph.replay()
 
-    def times(self, iterations: int) -> list[float]:
-        """The mean time of a call, for each of `iterations` replays."""
+    def times(self, iterations: int, renew: Callable[[], None]) -> list[float]:
+        """The mean time of a call, for each of `iterations` replays; `renew` puts new numbers into all sets before each."""
         starts = [self._cuda.Event(enable_timing=True) for _ in range(iterations)]
         ends = [self._cuda.Event(enable_timing=True) for _ in range(iterations)]
         self.replay()
         for start, end in zip(starts, ends, strict=True):
+            renew()
             start.record()
             self.replay()
             end.record()
@@ -145,6 +160,11 @@ def peak_memory(run: Callable[[], Any], device: str) -> int:
     before = _resident("VmRSS")
     run()
     return max(0, _resident("VmHWM") - before)
+
+
+def held_memory(device: str) -> int:
+    """Bytes in use now: the allocator's on a GPU, resident on a CPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _resident("VmRSS")
 
 
 def _resident(field: str) -> int:

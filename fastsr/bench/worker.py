@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -32,6 +34,47 @@ FEWEST_SETS, MOST_SETS = 2, 8
 MOST_ITERATIONS = 100
 
 
+class Fresh:
+    """New numbers for any set at the price of a copy: the drawn ones, each time shifted cyclically by another amount.
+
+    Images move along height and width, rows among themselves: both stay what they were drawn as. No shift comes twice before all
+    have come, and they jump, so that neighbours have little in common.
+    """
+
+    def __init__(self, drawn: Inputs) -> None:
+        self._drawn, self._count = drawn, 0
+
+    def renew(self, *sets: Inputs) -> None:
+        """Put new numbers into the tensors of each set."""
+        for inputs in sets:
+            self._count += 1
+            for mine, drawn in zip(inputs, self._drawn, strict=True):
+                dims = (2, 3) if mine.dim() == 4 else (0,)[: mine.dim()]
+                shift_into(mine, drawn, list(zip(dims, shift([mine.shape[d] for d in dims], self._count), strict=True)))
+
+
+def shift(sizes: list[int], number: int) -> list[int]:
+    """The shift with this number along dimensions of these sizes: a walk through all of them in steps of 0.6 of the whole."""
+    total = max(math.prod(sizes), 1)
+    step = next(s for s in range(max(1, int(0.6 * total)), total + 2) if math.gcd(s, total) == 1)
+    place, found = number * step % total, []
+    for size in reversed(sizes):
+        found.append(place % max(size, 1))
+        place //= max(size, 1)
+    return found[::-1]
+
+
+def shift_into(to: Tensor, source: Tensor, shifts: list[tuple[int, int]]) -> None:
+    """`to` = torch.roll(source, ...) by (dimension, amount), without a temporary that would change what the allocator has."""
+    if not shifts:
+        to.copy_(source)
+        return
+    (dim, by), *rest = shifts
+    kept = source.shape[dim] - by
+    for start, first, length in ((by, 0, kept), (0, kept, by)):
+        shift_into(to.narrow(dim, start, length), source.narrow(dim, first, length), rest)
+
+
 class Worker:
     """One case and one runner."""
 
@@ -39,24 +82,27 @@ class Worker:
         self.case: Case = suite.find(module, case, suite.Options(**{**options, "dtypes": tuple(options["dtypes"])}))
         if threads := self.case.threads or threads:
             torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = True  # as trainers set it; without a GPU it does nothing
         self.round_seconds = round_seconds
         self.call: Call | None = None
         self.sets: list[Inputs] = []
         self.graph: timing.Graph | None = None
+        self.rounds = self.rechecks = 0
 
-    def truth(self, path: str) -> dict[str, Any]:
-        """Compute what the gate compares with."""
-        gate.prepare(self.case, Path(path))
+    def truth(self, path: str, rechecks: int) -> dict[str, Any]:
+        """Compute what the gate compares with, before the clock and in so many judgements after it."""
+        gate.prepare(self.case, Path(path), (*gate.SEEDS, *(gate.seed_after(n) for n in range(rechecks))))
         return {}
 
     def build(self, runner: str, truth: str) -> dict[str, Any]:
         """Build the runner, judge it, draw its inputs, warm up, and say how long a call takes."""
         self.runner = self.case.runners[runner]
         dtype = getattr(torch, self.case.dtype)
-        start = time.perf_counter()
+        before, start = timing.held_memory(self.case.device), time.perf_counter()
         self.call = self.runner.build(gate.draw_state(self.case, dtype))
-        verdict = gate.judge(self.case, self.call, Path(truth), channels_last=self.runner.channels_last)
+        verdict = gate.judge(self.case, self.runner, self.call, Path(truth))
         built = time.perf_counter() - start
+        held = timing.held_memory(self.case.device) - before
         if not verdict.passed:
             return {"status": "wrong", "reason": verdict.reason, "gate": verdict.record()}
         self.sets = self._draw_sets()
@@ -67,27 +113,31 @@ class Worker:
             "status": "ok",
             "gate": verdict.record(),
             "build_seconds": built,
+            "held_bytes": max(0, held),
             "peak_bytes": peak,
             "launches": launches,
             "input_sets": len(self.sets),
             "iterations": self._iterations(seconds),
         }
 
-    def round(self, number: int, mode: str, iterations: int) -> dict[str, Any]:
-        """Time one round on fresh numbers."""
+    def round(self, mode: str, iterations: int) -> dict[str, Any]:
+        """Time one round on fresh numbers, after a call that is not timed: other runners had the machine in between."""
         assert self.call is not None
-        self._redraw(number)
+        fresh = Fresh(self._draw(1000 + self.rounds))
+        self.rounds += 1
+        self._run(self.sets[0])
+        fresh.renew(*self.sets)
         samples: list[float]
-        if iterations > 1:
-            self._run(self.sets[0])
+        sets = self.sets[:1] if mode == "warm" else self.sets
         with timing.page_faults() as faults:
             if mode == "graph":
                 assert self.graph is not None
-                samples = self.graph.times(max(1, iterations // len(self.sets)))  # a replay is a call for every set
+                replays = max(1, iterations // len(self.sets))  # a replay is a call for every set
+                samples = self.graph.times(replays, functools.partial(fresh.renew, *self.sets))
             elif self.case.device == "cpu":
-                samples = timing.wall(self.call, self.sets if mode == "wall" else self.sets[:1], iterations)
+                samples = timing.wall(self.call, sets, iterations, fresh.renew, cold=mode == "cold")
             else:
-                samples = timing.events(self.call, self.sets, iterations, cold=mode == "cold")
+                samples = timing.events(self.call, sets, iterations, fresh.renew, cold=mode == "cold")
         if self.case.device == "cuda":
             torch.cuda.empty_cache()  # the other runners' processes share the GPU's memory
         return {"status": "ok", "samples": samples, "faults": {name: count / iterations for name, count in faults.items()}}
@@ -99,7 +149,8 @@ class Worker:
         return self.recheck(truth, "graph")
 
     def recheck(self, truth: str, mode: str) -> dict[str, Any]:
-        """Judge again after timing, in the timed storages: a runner that answers from memory of earlier calls fails here."""
+        """Judge again after timing, in the timed storages and on numbers that this process has not seen: a runner that answers
+        from memory of earlier calls fails here."""
         assert self.call is not None
         call = self.call
         if mode == "graph":
@@ -111,10 +162,8 @@ class Worker:
                 graph.replay()
                 return graph.answers[order[inputs[0].data_ptr()]]
 
-        verdict = gate.judge(self.case, call, Path(truth), self.sets, self.runner.channels_last)
-        # Whoever keeps an old answer must not find the judged numbers here next time.
-        for number in range(len(self.sets)):
-            self._redraw(2000 + number)
+        verdict = gate.judge(self.case, self.runner, call, Path(truth), (gate.seed_after(self.rechecks),), self.sets)
+        self.rechecks += 1
         return {"status": "ok" if verdict.passed else "wrong", "reason": verdict.reason, "gate": verdict.record()}
 
     def _draw_sets(self) -> list[Inputs]:
@@ -127,12 +176,7 @@ class Worker:
         return sets + [self._draw(seed) for seed in range(1, count)]
 
     def _draw(self, seed: int) -> Inputs:
-        return gate.draw_inputs(self.case, seed, getattr(torch, self.case.dtype), self.runner.channels_last)
-
-    def _redraw(self, number: int) -> None:
-        """Put new numbers into one of the sets: no two rounds see the same inputs."""
-        for mine, drawn in zip(self.sets[number % len(self.sets)], self._draw(1000 + number), strict=True):
-            mine.copy_(drawn)
+        return gate.draw_for(self.case, self.runner, seed)
 
     def _run(self, inputs: Inputs) -> None:
         assert self.call is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,10 @@ def test_quantiles_are_linear_between_samples() -> None:
 
 
 def test_wall_goes_round_the_input_sets() -> None:
-    seen = []
-    samples = timing.wall(lambda x: seen.append(x), [(1,), (2,), (3,)], 7)  # type: ignore[list-item]
+    seen, renewed = [], []
+    samples = timing.wall(lambda x: seen.append(x), [(1,), (2,), (3,)], 7, renewed.append)  # type: ignore[list-item]
     assert seen == [1, 2, 3, 1, 2, 3, 1]
+    assert renewed == [(x,) for x in seen]
     assert len(samples) == 7
     assert min(samples) >= 0
 
@@ -100,12 +102,14 @@ def test_events_bracket_the_call_and_cold_flushes_outside(monkeypatch: pytest.Mo
     flush = SimpleNamespace(zero_=lambda: cuda.log.append("flush"))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: flush)
     call = lambda x: cuda.log.append(f"call {x}")  # noqa: E731
-    samples = timing.events(call, [(1,), (2,)], 3, cold=True, cuda=cuda)
-    assert cuda.log == ["flush", "call 1", "flush", "call 2", "flush", "call 1", "synchronize"]
+    renew = lambda inputs: cuda.log.append(f"renew {inputs[0]}")  # noqa: E731
+    samples = timing.events(call, [(1,), (2,)], 3, renew, cold=True, cuda=cuda)
+    turns = [["flush", f"call {i}", f"renew {i}"] for i in (1, 2, 1)]
+    assert cuda.log == [*itertools.chain(*turns), "synchronize"]
     assert samples == [1e-3] * 3  # one thing, the call, lies between the two events
     cuda.log.clear()
-    timing.events(call, [(1,), (2,)], 2, cold=False, cuda=cuda)
-    assert cuda.log == ["call 1", "call 1", "synchronize"]
+    timing.events(call, [(1,), (2,)], 2, renew, cold=False, cuda=cuda)
+    assert cuda.log == ["call 1", "renew 1", "call 1", "renew 1", "synchronize"]
 
 
 def test_a_graph_holds_one_call_for_each_set_and_warms_up_before_capture() -> None:
@@ -115,8 +119,8 @@ def test_a_graph_holds_one_call_for_each_set_and_warms_up_before_capture() -> No
     assert phases == [(False, 1), (False, 2), (True, 1), (True, 2)]
     assert "synchronize" in cuda.log
     cuda.log.clear()
-    assert graph.times(3) == [1e-3 / 2] * 3  # a replay is two calls
-    assert cuda.log.count("replay") == 4  # one to warm up
+    assert graph.times(3, lambda: cuda.log.append("renew")) == [1e-3 / 2] * 3  # a replay is two calls
+    assert cuda.log == ["replay", *["renew", "replay"] * 3, "synchronize"]  # one to warm up
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from fastsr.bench.statistics import summary
 Runs = Mapping[str, Mapping[str, Any]]
 
 HEADINGS = (
-    "runner", "ms", "95% interval", "outliers", "rate", "of roof", "vs channels-last", "peak MB", "faults", "launches", "error/allowed",
+    "runner", "ms", "interval", "outliers", "rate", "of roof", "vs channels-last", "peak MB", "held MB", "faults", "launches",
+    "error/allowed",
 )  # fmt: skip
 
 
@@ -28,8 +29,7 @@ def page(runs: Runs, before: Mapping[str, Any] | None, pictures: Sequence[str]) 
         parts += [f"## {name}", _machine(run)]
         for key, group in groups(run["results"]).items():
             parts += [f"### {title(*key)}", table(HEADINGS, [_cells(row) for row in group])]
-        if missing := [row for row in run["results"] if "seconds" not in row]:
-            lines = [(row["case"], " ".join(filter(None, (row["runner"], row["mode"]))), row["status"], row["reason"]) for row in missing]
+        if lines := _not_timed(run["results"]):
             parts += [f"### Not timed in {name}", table(("case", "runner", "status", "reason"), lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -57,6 +57,18 @@ def _losses(runs: Runs) -> str:
     return table(("case", "run", "fastsr", "ms", "rival", "ms", "rival/fastsr"), lines)
 
 
+def _not_timed(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line for each runner that has a reason, and one for all that a case was not asked for."""
+    lines: list[tuple[str, ...]] = []
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "left out":
+            left_out.setdefault(row["case"], []).append(row["runner"])
+        elif "seconds" not in row:
+            lines.append((row["case"], " ".join(filter(None, (row["runner"], row["mode"]))), row["status"], row["reason"]))
+    return lines + [(case, ", ".join(names), "left out", "not among the runners asked for") for case, names in left_out.items()]
+
+
 def _comparison(before: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     found = compare.compare(before, run)
     changed = "".join(f"- {line}\n" for line in compare.differences(before, run))
@@ -72,12 +84,14 @@ def ms(row: Row) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     spread = summary(row["samples"])
     low, high = spread["interval"]
+    interval = f"{low * 1e3:.3f} .. {high * 1e3:.3f} ({100 * spread['confidence']:.0f}%)"
+    held = "-" if row.get("held_bytes") is None else f"{row['held_bytes'] / 1e6:.0f}"
     strange = ", ".join(f"{o['seconds'] * 1e3:.3f} (round {o['round'] + 1})" for o in spread["outliers"][:3])
     if len(spread["outliers"]) > 3:
         strange += f" and {len(spread['outliers']) - 3} more"
     cells = dict(zip(results.HEADINGS, results.cells(dict(row)), strict=True))
     launches = "-" if row.get("launches") is None else f"{row['launches']}"
     return (
-        cells["runner"], cells["ms"], f"{low * 1e3:.3f} .. {high * 1e3:.3f}", strange or "none", cells["rate"], cells["% of roof"],
-        cells["vs channels-last"], cells["peak MB"], cells["faults"], launches, cells["error/allowed"],
+        cells["runner"], cells["ms"], interval, strange or "none", cells["rate"], cells["% of roof"],
+        cells["vs channels-last"], cells["peak MB"], held, cells["faults"], launches, cells["error/allowed"],
     )  # fmt: skip

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastsr.bench.report.rows import Row, best_rival, groups, is_ours, median, ours, title
+from fastsr.bench.report.rows import Row, best_rival, groups, is_first, is_ours, median, ours, title
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -40,7 +40,7 @@ def draw(runs: Runs) -> dict[str, bytes]:
         if roofline := _roofline(name, run):
             pictures[f"roofline-{name}"] = roofline
     for axis in AXES:
-        along = {name: [row for row in run["results"] if row["sizes"].get("axis") == axis and _plain(row)] for name, run in runs.items()}
+        along = {name: [row for row in run["results"] if row["sizes"].get("axis") == axis and is_first(row)] for name, run in runs.items()}
         if along := {name: rows for name, rows in along.items() if rows}:
             pictures[f"time-against-{axis}"] = _curves(along, axis, "ms", lambda row: median(row) * 1e3)
             pictures[f"memory-against-{axis}"] = _curves(along, axis, "peak MB", lambda row: max(row["peak_bytes"], 1e3) / 1e6)
@@ -127,11 +127,6 @@ def _roofline(name: str, run: Mapping[str, Any]) -> bytes | None:
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s", title=f"{name} (round: float32, square: other)")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
-
-
-def _plain(row: Row) -> bool:
-    """Timed in the first of its modes."""
-    return "seconds" in row and row["mode"] in ("wall", "cold")
 
 
 def _curves(along: Mapping[str, Sequence[Row]], axis: str, unit: str, value: Callable[[Row], float]) -> bytes:

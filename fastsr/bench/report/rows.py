@@ -20,6 +20,11 @@ def is_plain(row: Row) -> bool:
     return row["runner"].startswith("eager") or row["runner"].split(",")[0] == "reference"
 
 
+def is_first(row: Row) -> bool:
+    """Timed in the first of its case's modes: fresh inputs and small pages, on a GPU a cold cache."""
+    return "seconds" in row and row["mode"] == ("cold" if row["device"] == "cuda" else "wall")
+
+
 def median(row: Row) -> float:
     """Seconds."""
     return float(row["seconds"]["median"])
