@@ -34,16 +34,18 @@ def cases(options: Options) -> list[Case]:
     return made
 
 
-def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int, backward: bool) -> Case:
-    """The network with so many groups of 20 blocks, forward or as a training step."""
+def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int, backward: bool, blocks: int = 20) -> Case:
+    """The network with so many groups of so many blocks, forward or as a training step."""
     n, h, w = image
 
     def inputs(generator: torch.Generator) -> Inputs:
         x = torch.rand(n, 3, h, w, generator=generator)
         return (x, torch.randn(n, 3, 4 * h, 4 * w, generator=generator)) if backward else (x,)
 
-    plain = functools.partial(eager.RCAN, num_group=groups)
-    ours = functools.partial(RCAN, 3, 3, num_group=groups, img_range=1.0, rgb_mean=(0.0,))  # the plain network has neither
+    plain = functools.partial(eager.RCAN, num_group=groups, num_block=blocks)
+    ours = functools.partial(
+        RCAN, 3, 3, num_group=groups, num_block=blocks, img_range=1.0, rgb_mean=(0.0,)
+    )  # the plain network has neither
     lean = functools.partial(ours, save="input") if backward else None
     finish = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
     with torch.device("meta"):
@@ -54,10 +56,19 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
     return Case(
         suite="models",
         subject="rcan",
-        label=f"x4 {n}x3x{h}x{w} {groups} groups {direction}",
+        label=f"x4 {n}x3x{h}x{w} {groups} groups {f'of {blocks} blocks ' if blocks != 20 else ''}{direction}",
         device=options.device,
         dtype=dtype,
-        sizes={"n": n, "h": h, "w": w, "num_feat": 64, "num_group": groups, "num_block": 20, "squeeze_factor": 16, "direction": direction},
+        sizes={
+            "n": n,
+            "h": h,
+            "w": w,
+            "num_feat": 64,
+            "num_group": groups,
+            "num_block": blocks,
+            "squeeze_factor": 16,
+            "direction": direction,
+        },
         flops=flops,
         bytes=float(element * (1 + backward) * (3 * n * h * w * 17 + sum(p.numel() for p in network.parameters()))),
         state=builders.state_like(plain, 1 / 3),  # that of torch's initialisation

@@ -1,22 +1,28 @@
-"""Real photographs through the real Real-ESRGAN weights, x4, forward: what `fastsr upscale` does for each picture.
+"""Real photographs through the real Real-ESRGAN weights, x4: the network's forward, and `fastsr.upscale` on a whole 8-bit picture.
 
-Inputs are crops of scikit-image's photographs; the weights come with a package (`fastsr models` tells which). ncnn reads its own
-file of the same weights.
+The latter turns bytes into values, runs the trunk whole and the tail in strips of rows, and clamps; everyone else does the same with
+the network whole. It is judged before values are rounded to bytes again, which would turn a last bit into a level.
+
+Inputs are crops of scikit-image's photographs; the weights come with a package (`fastsr models` tells which). ncnn reads its own file of
+the same weights.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastsr
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, Unavailable, corner
-from fastsr.bench.cases.peers import eager, ncnn_runtime, onnx_runtime, openvino_runtime, tensorrt_runtime
-from fastsr.bench.cases.peers.rivals import Wrap, plain_runners
+from fastsr.bench.case import DTYPES, Call, Case, Inputs, Runner, State, Unavailable, corner, element_size
+from fastsr.bench.cases.models import builders
+from fastsr.bench.cases.peers import eager, ncnn_runtime
+from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.weights import KNOWN
 
@@ -28,45 +34,52 @@ PICTURES = {
     "quick": (("realesrgan-x4plus-anime", 6, (48, 64)),),
     "tiny": (("realesrgan-x4plus-anime", 6, (6, 9)),),
 }
+WHOLE = {
+    "full": (("realesrgan-x4plus-anime", 6, (360, 480)),),
+    "quick": (("realesrgan-x4plus-anime", 6, (40, 56)),),
+    "tiny": (("realesrgan-x4plus-anime", 6, (8, 9)),),
+}
 
 
 def cases(options: Options) -> list[Case]:
     """One case for each picture and dtype."""
-    return [_case(options, dtype, *picture) for dtype in options.dtypes for picture in PICTURES[options.sizes]]
+    made = []
+    for dtype in options.dtypes:
+        made += [_case(options, dtype, *picture, whole=False) for picture in PICTURES[options.sizes]]
+        made += [_case(options, dtype, *picture, whole=True) for picture in WHOLE[options.sizes]]
+    return made
 
 
-def _case(options: Options, dtype: str, weights: str, blocks: int, image: tuple[int, int]) -> Case:
+def _case(options: Options, dtype: str, weights: str, blocks: int, image: tuple[int, int], whole: bool) -> Case:
     h, w = image
+    plain = functools.partial(eager.RRDBNet, num_block=blocks)
+    finish = functools.partial(_bytes_to_values, dtype=dtype) if whole else None
     with torch.device("meta"):
-        network = eager.RRDBNet(num_block=blocks)
-    element = torch.finfo(DTYPES[dtype]).bits // 8
-
-    def build(wrap: Wrap) -> Builder:
-        return lambda state: wrap(_loaded(state, blocks))
-
+        network = plain()
     flops = eager.conv_flops(network, h, w)
-    runners = {name: Runner(functools.partial(_ours, weights=weights, backend=name)) for name in ("auto", "compiled", "triton")}
-    runners |= plain_runners(build, dtype, options)
+    ours = functools.partial(_ours, weights=weights, whole=whole)
+    runners = {name: Runner(functools.partial(ours, backend=name)) for name in ("auto", "compiled", "triton")}
+    runners |= plain_runners(lambda wrap: builders.eager(plain, finish, wrap, trained=False), dtype, options, inference=True)
+    runners |= builders.runtimes(plain, dtype, options, finish)
     if options.device == "cpu":
-        for name, peer in {"OpenVINO": openvino_runtime, "onnxruntime": onnx_runtime}.items():
-            runners[name] = Runner(_compiled(peer.compile_network, blocks, DTYPES[dtype]), channels_last=False)
         for name, winograd in {"ncnn": True, "ncnn, direct": False}.items():
-            by_ncnn = functools.partial(_ncnn, weights=weights, dtype=DTYPES[dtype], winograd=winograd)
+            by_ncnn = functools.partial(_ncnn, weights=weights, dtype=DTYPES[dtype], winograd=winograd, finish=finish)
             runners[name] = Runner(by_ncnn, channels_last=False)
-    else:
-        runners["TensorRT"] = Runner(_compiled(tensorrt_runtime.compile_network, blocks, DTYPES[dtype]))
+    parameters = sum(p.numel() for p in network.parameters())
     return Case(
         suite="models",
         subject="upscaling",
-        label=f"{weights} {h}x{w} photograph",
+        label=f"{weights} {h}x{w} {'8-bit picture' if whole else 'photograph'}",
         device=options.device,
         dtype=dtype,
         sizes={"n": 1, "h": h, "w": w, "num_block": blocks, "direction": "forward"},
         flops=flops,
-        bytes=float(element * (3 * h * w * 17 + sum(p.numel() for p in network.parameters()))),
+        bytes=float(
+            3 * h * w * (1 + 16 * 4) + parameters * element_size(dtype) if whole else element_size(dtype) * (3 * h * w * 17 + parameters)
+        ),
         state=lambda generator: dict(_load(weights).state_dict()),
-        inputs=functools.partial(_crop, h=h, w=w),
-        eager=build(lambda network: network),
+        inputs=functools.partial(_crop, h=h, w=w, whole=whole),
+        eager=builders.eager(plain, finish, trained=False),
         runners=runners,
         crop=corner(64, flops),
     )
@@ -93,33 +106,37 @@ def _photograph(name: str) -> np.ndarray:
     return picture
 
 
-def _crop(generator: torch.Generator, h: int, w: int) -> Inputs:
-    """A crop of a photograph, picture and place drawn at random; values 0..1."""
+def _crop(generator: torch.Generator, h: int, w: int, whole: bool) -> Inputs:
+    """A crop of a photograph, picture and place drawn at random; values 0..1, or bytes."""
     picture = _photograph(PHOTOGRAPHS[int(torch.randint(len(PHOTOGRAPHS), (1,), generator=generator))])
     top = int(torch.randint(picture.shape[0] - h + 1, (1,), generator=generator))
     left = int(torch.randint(picture.shape[1] - w + 1, (1,), generator=generator))
     crop = np.ascontiguousarray(picture[top : top + h, left : left + w].transpose(2, 0, 1))
-    return (torch.from_numpy(crop)[None].float() / 255,)
+    picture = torch.from_numpy(crop)[None]
+    return (picture if whole else picture.float() / 255,)
 
 
-def _loaded(state: State, blocks: int) -> torch.nn.Module:
-    some = next(iter(state.values()))
-    network = eager.RRDBNet(num_block=blocks).to(some.device, some.dtype).requires_grad_(False).eval()
-    network.load_state_dict(state)
-    return network.to(memory_format=torch.channels_last)
+def _bytes_to_values(network: torch.nn.Module, forward: Callable[[Tensor], Any], dtype: str) -> Call:
+    """Bytes become values of the case's dtype, which is what the network sees in float64 too; the answer is clamped, float32 at least."""
+    working = next(network.parameters()).dtype
+
+    def call(x: Tensor) -> Tensor:
+        values = (x.float() / 255).to(DTYPES[dtype]).to(working)
+        with torch.no_grad():
+            y: Tensor = forward(values)
+            return (y if y.dtype == torch.float64 else y.float()).clamp_(0, 1)
+
+    return call
 
 
-def _compiled(peer: object, blocks: int, dtype: torch.dtype) -> Builder:
-    return lambda state: peer(_loaded(state, blocks).to(memory_format=torch.contiguous_format), dtype)  # type: ignore[operator]
-
-
-def _ours(state: State, weights: str, backend: str) -> Call:
+def _ours(state: State, weights: str, backend: str, whole: bool) -> Call:
     """The network that `fastsr.load` gives, frozen, as `fastsr upscale` runs it."""
     fastsr.set_backend(backend)  # of this process, which belongs to this runner
     some = next(iter(state.values()))
     model = _load(weights).to(some.device, some.dtype)
     model.load_state_dict(state)
-    return _under_no_grad(fastsr.freeze(model))
+    fastsr.freeze(model)
+    return (lambda x: fastsr.upscale(model, x.float() / 255)) if whole else _under_no_grad(model)
 
 
 def _under_no_grad(model: torch.nn.Module) -> Call:
@@ -131,8 +148,9 @@ def _under_no_grad(model: torch.nn.Module) -> Call:
     return run
 
 
-def _ncnn(state: State, weights: str, dtype: torch.dtype, winograd: bool) -> Call:
+def _ncnn(state: State, weights: str, dtype: torch.dtype, winograd: bool, finish: builders.Finish | None) -> Call:
     path = _file(weights)
     if path.suffix != ".param":
         raise Unavailable(f"{path} is no file of ncnn's")
-    return ncnn_runtime.load_network(path, dtype, winograd)
+    call = ncnn_runtime.load_network(path, dtype, winograd)
+    return finish(torch.nn.ParameterList(state.values()), call) if finish is not None else call

@@ -1,4 +1,4 @@
-"""VQ-VAE (512 codes of 64 channels, 4 pixels a code): reconstruction of a batch, and a training step with its moving averages.
+"""VQ-VAE and VQ-VAE-2 (512 codes of 64 channels, 4 pixels a code): reconstruction, and a training step with its moving averages.
 
 In float32 alone: which of two nearly equal codes an encoder in a lower precision arrives at is chance, whoever computes, and one other
 code changes the picture. A training step starts from the same averages every time and is judged by the reconstruction, the loss, the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,45 +20,76 @@ from fastsr.bench.cases.models import builders
 from fastsr.bench.cases.peers import eager, eager_vqvae
 from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
-from fastsr.models import VQVAE
+from fastsr.models import VQVAE, VQVAE2
 
 CODES, CHANNELS, DOWNSCALE = 512, 64, 4
 
+
+@dataclass(frozen=True)
+class Network:
+    """Ours and the plain one, and what a training step is judged by."""
+
+    fused: Callable[[], nn.Module]
+    plain: type[eager_vqvae.VQVAE] | type[eager_vqvae.VQVAE2]
+    levels: tuple[str, ...]  # of codes, as their quantisers are called; each has half the side of the one before
+    trained: tuple[str, ...]  # parameters
+
+
+NETWORKS = {
+    "vqvae": Network(VQVAE, eager_vqvae.VQVAE, ("quantizer",), ("encoder.0.weight", "decoder.6.weight")),
+    "vqvae2": Network(VQVAE2, eager_vqvae.VQVAE2, ("quantizer_b", "quantizer_t"), ("encoder_b.0.weight", "decoder.6.weight")),
+}
+
 #: (batch, height, width)
-FORWARD = {"full": ((16, 128, 128), (1, 512, 512)), "quick": ((4, 64, 64),), "tiny": ((1, 16, 16),)}
-TRAINING = {"full": ((16, 64, 64), (32, 128, 128)), "quick": ((4, 64, 64),), "tiny": ((1, 16, 16),)}
-TRAINED = ("encoder.0.weight", "decoder.6.weight")
+FORWARD = {
+    "vqvae": {"full": ((16, 128, 128), (1, 512, 512)), "quick": ((4, 64, 64),), "tiny": ((1, 16, 16),)},
+    "vqvae2": {"full": ((4, 256, 256),), "quick": (), "tiny": ((1, 16, 16),)},
+}
+TRAINING = {
+    "vqvae": {"full": ((16, 64, 64), (32, 128, 128)), "quick": ((4, 64, 64),), "tiny": ((1, 16, 16),)},
+    "vqvae2": {"full": ((8, 128, 128),), "quick": (), "tiny": ((1, 16, 16),)},
+}
 
 
 def cases(options: Options) -> list[Case]:
     """Forward and a training step at each size, in float32."""
     if "float32" not in options.dtypes:
         return []
-    made = [_case(options, image, backward=False) for image in FORWARD[options.sizes]]
-    return made + [_case(options, image, backward=True) for image in TRAINING[options.sizes]]
+    made = []
+    for name in NETWORKS:
+        made += [_case(options, name, image, backward=False) for image in FORWARD[name][options.sizes]]
+        made += [_case(options, name, image, backward=True) for image in TRAINING[name][options.sizes]]
+    return made
 
 
-def _case(options: Options, image: tuple[int, int, int], backward: bool) -> Case:
+def _case(options: Options, name: str, image: tuple[int, int, int], backward: bool) -> Case:
     n, h, w = image
-    rows = n * h * w // DOWNSCALE**2
-    finish = _training_step if backward else _reconstruct
-    runners = {name: Runner(builders.ours(VQVAE, name, finish, trained=backward)) for name in builders.BACKENDS}
-    build = functools.partial(builders.eager, eager_vqvae.VQVAE, finish, trained=backward)
-    runners |= plain_runners(lambda wrap: build(wrap=wrap), "float32", options)
+    made = NETWORKS[name]
+    rows = sum(n * h * w // (DOWNSCALE << level) ** 2 for level in range(len(made.levels)))
+    finish = functools.partial(_training_step, made) if backward else _reconstruct
+    runners = {backend: Runner(builders.ours(made.fused, backend, finish, trained=backward)) for backend in builders.BACKENDS}
+    build = functools.partial(builders.eager, made.plain, finish, trained=backward)
+    runners |= plain_runners(lambda wrap: build(wrap=wrap), "float32", options, inference=not backward)
+    if not backward:
+        runners |= builders.runtimes(functools.partial(eager_vqvae.Reconstruction, made.plain), "float32", options)
     with torch.device("meta"):
-        network = eager_vqvae.VQVAE().eval()
+        network = made.plain().eval()
     parameters = sum(p.numel() for p in network.parameters())
+    codebooks = len(made.levels) * CODES * CHANNELS
+    values = 2 * 3 * n * h * w + parameters + codebooks
+    if backward:
+        values += parameters + 2 * codebooks  # gradients; moving averages are read, and new codes written
     direction = "forward+backward" if backward else "forward"
     return Case(
         suite="models",
-        subject="vqvae",
+        subject=name,
         label=f"{n}x3x{h}x{w} {direction}",
         device=options.device,
         dtype="float32",
         sizes={"n": n, "h": h, "w": w, "k": CODES, "d": CHANNELS, "rows": rows, "direction": direction},
         flops=n * eager.conv_flops(network, h, w) * (3 if backward else 1) + 2.0 * rows * CODES * CHANNELS,
-        bytes=float(4 * (1 + backward) * (2 * 3 * n * h * w + parameters)),
-        state=_state,
+        bytes=float(4 * values + (0 if backward else 8 * rows)),
+        state=functools.partial(_state, made),
         inputs=lambda generator: _draw(generator, image),
         eager=build(),
         runners=runners,
@@ -69,24 +101,26 @@ def _draw(generator: torch.Generator, image: tuple[int, int, int]) -> Inputs:
     return (torch.rand(n, 3, h, w, generator=generator) - 0.5,)
 
 
-def _state(generator: torch.Generator) -> State:
+def _state(network: Network, generator: torch.Generator) -> State:
     """Weights that keep the variance, and averages as after a step from one row for each code."""
-    state = builders.state_like(eager_vqvae.VQVAE, 1)(generator)
-    codebook = torch.randn(CODES, CHANNELS, generator=generator)
-    moving = {"codebook": codebook, "cluster_size": torch.ones(CODES), "cluster_sum": codebook.clone(), "steps": torch.ones(())}
-    return state | {f"quantizer.{name}": tensor for name, tensor in moving.items()}
+    state = builders.state_like(network.plain, 1)(generator)
+    for level in network.levels:
+        codebook = torch.randn(CODES, CHANNELS, generator=generator)
+        moving = {"codebook": codebook, "cluster_size": torch.ones(CODES), "cluster_sum": codebook.clone(), "steps": torch.ones(())}
+        state |= {f"{level}.{name}": tensor for name, tensor in moving.items()}
+    return state
 
 
 def _reconstruct(network: nn.Module, forward: Callable[[Tensor], Any]) -> Call:
     def call(x: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             out = forward(x)
-        return out.reconstruction, out.indices[0]
+        return (out.reconstruction, *out.indices)
 
     return call
 
 
-def _training_step(network: nn.Module, forward: Callable[[Tensor], Any]) -> Call:
+def _training_step(made: Network, network: nn.Module, forward: Callable[[Tensor], Any]) -> Call:
     parameters = dict(network.named_parameters())
     buffers = dict(network.named_buffers())
     first = {name: tensor.clone() for name, tensor in buffers.items()}
@@ -97,7 +131,7 @@ def _training_step(network: nn.Module, forward: Callable[[Tensor], Any]) -> Call
         out = forward(x)
         found = torch.autograd.grad(out.loss, list(parameters.values()))
         gradients = dict(zip(parameters, found, strict=True))
-        codebook = buffers["quantizer.codebook"].clone()
-        return (out.reconstruction.detach(), out.loss.detach(), codebook, *(gradients[name] for name in TRAINED))
+        codebooks = (buffers[f"{level}.codebook"].clone() for level in made.levels)
+        return (out.reconstruction.detach(), out.loss.detach(), *codebooks, *(gradients[name] for name in made.trained))
 
     return call

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import fastsr
-from fastsr.bench.case import DTYPES, Builder, Call, Runner, State
-from fastsr.bench.cases.peers import onnx_runtime, openvino_runtime
+from fastsr.bench.case import DTYPES, Builder, Call, Runner, State, is_channels_last
+from fastsr.bench.cases.peers import onnx_runtime, openvino_runtime, tensorrt_runtime
 from fastsr.bench.cases.peers.rivals import Wrap, plain_runners
 from fastsr.bench.suite import Options
 
 #: Makes a network of the case's sizes.
 Network = Callable[[], nn.Module]
 
-#: Makes the timed call of a network and of its forward computation, which may be compiled or under autocast.
-Finish = Callable[[nn.Module, Callable[[Tensor], Tensor]], Call]
+#: Makes the timed call of a network and of its forward computation, which may be compiled, under autocast or another runtime's.
+Finish = Callable[[nn.Module, Callable[[Tensor], Any]], Call]
 
 BACKENDS = ("auto", "compiled", "triton", "reference")
 
@@ -46,16 +46,32 @@ def runners(
         found["auto, save=input"] = Runner(ours(lean, "auto", finish))
     if finish is None:
         found["auto, frozen"] = Runner(ours(fused, "auto", freeze=True))
-    found |= plain_runners(lambda wrap: eager(plain, finish, wrap), dtype, options)
-    if options.device == "cpu" and finish is None:
-        for name, peer in {"OpenVINO": openvino_runtime, "onnxruntime": onnx_runtime}.items():
-            found[name] = Runner(_converted(plain, peer.compile_network, DTYPES[dtype]), channels_last=False)
+    found |= plain_runners(lambda wrap: eager(plain, finish, wrap), dtype, options, inference=finish is None)
+    if finish is None:
+        found |= runtimes(plain, dtype, options)
     return found
 
 
-def eager(
-    network: Network, finish: Finish | None = None, wrap: Wrap = lambda forward: forward, trained: bool | None = None
-) -> Builder:
+def runtimes(network: Network, dtype: str, options: Options, finish: Finish | None = None) -> dict[str, Runner]:
+    """Inference of the plain network by the runtimes that exist for the device; they have layouts of their own, and get NCHW."""
+
+    def converted(convert: Callable[[nn.Module, torch.dtype], Call]) -> Builder:
+        def build(state: State) -> Call:
+            built = loaded(network, state, trained=False)
+            call = convert(built, DTYPES[dtype])
+            return finish(built, call) if finish is not None else call
+
+        return build
+
+    if options.device == "cuda":
+        return {"TensorRT": Runner(converted(tensorrt_runtime.compile_network), channels_last=False)}
+    return {
+        "OpenVINO": Runner(converted(openvino_runtime.compile_network), channels_last=False, dtype="float32"),
+        "onnxruntime": Runner(converted(onnx_runtime.compile_network), channels_last=False),
+    }
+
+
+def eager(network: Network, finish: Finish | None = None, wrap: Wrap = lambda forward: forward, trained: bool | None = None) -> Builder:
     """The network with the case's weights, which take the layout of the first input; it trains if there is a `finish`, or as said."""
     trained = finish is not None if trained is None else trained
 
@@ -69,8 +85,7 @@ def eager(
             nonlocal settled
             if not settled:
                 settled = True
-                last = x.is_contiguous(memory_format=torch.channels_last)
-                built.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+                built.to(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
             return call(x, *rest)
 
         return settle_and_call
@@ -87,6 +102,7 @@ def training_step(names: tuple[str, ...]) -> Finish:
         def call(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
             leaf = x.detach().requires_grad_()
             y = forward(leaf)
+            # Under autocast y may be of a lower dtype: the cast of a float32 loss's gradient is part of such a step.
             found = torch.autograd.grad(y, [leaf, *parameters.values()], grad.to(y.dtype))
             gradients = dict(zip(parameters, found[1:], strict=True))
             return (y.detach(), found[0], *(gradients[name] for name in names))
@@ -116,7 +132,3 @@ def ours(network: Network, backend: str, finish: Finish | None = None, freeze: b
         return finish(built, built) if finish is not None else built
 
     return build
-
-
-def _converted(network: Network, convert: Callable[[nn.Module, torch.dtype], Call], dtype: torch.dtype) -> Builder:
-    return lambda state: convert(loaded(network, state, trained=False), dtype)

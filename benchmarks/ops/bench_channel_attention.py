@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsr import ops
-from fastsr.bench.case import BASELINE, DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import Builder, Call, Case, Inputs, Runner, State, element_size, laid_out, with_gradients
+from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 
 CHANNELS, SQUEEZED = 64, 4
 IMAGES = {
     "tiny": ((2, 5, 19),),
     "quick": ((16, 48, 48),),
-    "full": ((16, 48, 48), (32, 64, 64), (4, 256, 256), (1, 512, 512), (1, 540, 960)),
+    "full": ((16, 48, 48), (32, 64, 64), (1, 128, 128), (4, 256, 256), (1, 512, 512), (1, 540, 960)),
 }
 
 
@@ -38,14 +39,11 @@ def eager_channel_attention(
 def cases(options: Options) -> list[Case]:
     """Forward, and forward and backward, at every size."""
     return [
-        _case(options.device, dtype, image, backward)
-        for dtype in options.dtypes
-        for image in IMAGES[options.sizes]
-        for backward in (False, True)
+        _case(options, dtype, image, backward) for dtype in options.dtypes for image in IMAGES[options.sizes] for backward in (False, True)
     ]
 
 
-def _case(device: str, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
+def _case(options: Options, dtype: str, image: tuple[int, int, int], backward: bool) -> Case:
     n, h, w = image
 
     def state(generator: torch.Generator) -> State:
@@ -66,36 +64,41 @@ def _case(device: str, dtype: str, image: tuple[int, int, int], backward: bool) 
     runners = {name: ours(name) for name in ("auto", "compiled", "triton", "reference")}
     runners["auto, NCHW"] = Runner(runners["auto"].build, channels_last=False)
     if not backward:
-        runners["auto, given buffer"] = Runner(_into_a_buffer)
-    eager = _finish(_builder(eager_channel_attention), backward)
-    compiled = lambda state: _finish(_builder(torch.compile(eager_channel_attention, dynamic=False)), backward)(state)  # noqa: E731
-    runners |= {"eager NCHW": Runner(eager, channels_last=False), BASELINE: Runner(eager), "torch.compile": Runner(compiled)}
+        runners["auto, given buffer"] = Runner(laid_out(_into_a_buffer))
+    runners |= plain_runners(
+        lambda wrap: _finish(_builder(wrap(eager_channel_attention)), backward), dtype, options, inference=not backward
+    )
     values = n * CHANNELS * h * w
+    parameters = (2 * SQUEEZED + 1) * CHANNELS + SQUEEZED
     direction = "forward+backward" if backward else "forward"
     return Case(
         suite="ops",
         subject="channel_attention",
         label=f"{n}x{CHANNELS}x{h}x{w} {direction}",
-        device=device,
+        device=options.device,
         dtype=dtype,
         sizes={"n": n, "c": CHANNELS, "h": h, "w": w, "squeezed": SQUEEZED, "direction": direction},
         flops=float(values * (8 if backward else 3)),
-        bytes=float(values * (4 if backward else 3) * (torch.finfo(DTYPES[dtype]).bits // 8)),
+        bytes=float((values * (4 if backward else 3) + parameters * (1 + backward)) * element_size(dtype)),
         state=state,
         inputs=inputs,
-        eager=eager,
+        eager=_finish(_builder(eager_channel_attention), backward),
         runners=runners,
     )
 
 
 def _finish(build: Builder, backward: bool) -> Builder:
-    return with_gradients(build, count=4) if backward else build
+    return laid_out(with_gradients(build, count=4) if backward else build)
 
 
 def _builder(call: Callable[..., Tensor]) -> Builder:
     def build(state: State) -> Call:
         parameters = tuple(state.values())
-        return lambda x, *residual: call(x, *parameters, *residual)
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return call(x, *parameters, residual=residual)
+
+        return run
 
     return build
 

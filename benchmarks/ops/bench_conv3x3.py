@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastsr import ops
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import Builder, Call, Case, Inputs, Runner, State, element_size, laid_out, with_gradients
 from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.conv3x3.reference import conv3x3 as eager_conv3x3
@@ -88,18 +88,15 @@ def _case(
 
     build = functools.partial(_builder, epilogue=epilogue)
     runners = {
-        "compiled": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="compiled")), backward)),
-        "triton": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="triton")), backward)),
-        "reference": Runner(_finish(build(call=functools.partial(ops.conv3x3, backend="reference")), backward)),
-        **plain_runners(lambda wrap: lambda state: _finish(build(call=wrap(_eager)), backward)(state), dtype, options),
+        name: Runner(_finish(build(call=functools.partial(ops.conv3x3, backend=name)), backward))
+        for name in ("auto", "compiled", "triton", "reference")
     }
+    runners |= plain_runners(lambda wrap: _finish(build(call=wrap(_eager)), backward), dtype, options, inference=not backward)
     pixels = n * h * w * up * up
-    element = torch.finfo(DTYPES[dtype]).bits // 8
-    read, written = n * cin * h * w, n * cout * h * w * up * up
-    moved = read + written * (2 if epilogue.residual else 1) + cin * cout * 9
+    read, written, weights = n * cin * h * w, n * cout * h * w * up * up, (9 * cin + 1) * cout
+    moved = read + written * (2 if epilogue.residual else 1) + weights
     if backward:
-        # Forward as above; backward reads x, the output (its sign) and the gradient, and writes dx.
-        moved += 2 * read + written * (1 if epilogue in (NONE, SKIP) else 2) + 2 * cin * cout * 9
+        moved += read + written + weights  # the gradients: that of the output comes in, those of x and of the weights go out
     direction = "forward+backward" if backward else "forward"
     return Case(
         suite="ops",
@@ -109,7 +106,7 @@ def _case(
         dtype=dtype,
         sizes={"cin": cin, "cout": cout, "n": n, "h": h, "w": w, "epilogue": epilogue.name, "direction": direction},
         flops=2.0 * 9 * cin * cout * pixels * (3 if backward else 1),
-        bytes=float(moved * element),
+        bytes=float(moved * element_size(dtype)),
         state=state,
         inputs=inputs,
         eager=_finish(build(call=_eager), backward),
@@ -118,18 +115,14 @@ def _case(
 
 
 def _finish(build: Builder, backward: bool) -> Builder:
-    return with_gradients(build, count=2) if backward else build
+    return laid_out(with_gradients(build, count=2) if backward else build)
 
 
 def _builder(epilogue: Epilogue, call: Callable[..., torch.Tensor]) -> Builder:
-    """The op with this epilogue; its weights are laid out once, as a module in channels-last holds them."""
+    """The op with this epilogue."""
 
     def build(state: State) -> Call:
         weight, bias, skip = state["weight"], state["bias"], state.get("residual")
-        if not weight.requires_grad:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        if skip is not None:
-            skip = skip.contiguous(memory_format=torch.channels_last)
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             return call(x, weight, bias, residual=skip if residual is None else residual, **epilogue.options)

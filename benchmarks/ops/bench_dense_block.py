@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastsr import ops
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, corner, with_gradients
+from fastsr.bench.case import Builder, Call, Case, Inputs, Runner, State, corner, element_size, laid_out, with_gradients
 from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.dense_block.reference import dense_block as eager_dense_block
@@ -55,10 +55,10 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
     if backward:
         runners["auto, save=input"] = ours("auto", save="input")
     else:
-        runners["auto, given buffers"] = Runner(_in_buffers)
-    runners |= plain_runners(lambda wrap: lambda state: _finish(_builder(wrap(eager_dense_block)), backward)(state), dtype, options)
+        runners["auto, given buffers"] = Runner(laid_out(_in_buffers))
+    runners |= plain_runners(lambda wrap: _finish(_builder(wrap(eager_dense_block)), backward), dtype, options, inference=not backward)
     weights = sum(torch.Size(s).numel() for s in shapes)
-    values = n * h * w * FEATURES * (5 if backward else 2) + weights * (3 if backward else 1)
+    values = (2 * n * h * w * FEATURES + weights + sum(s[0] for s in shapes)) * (1 + backward)
     direction = "forward+backward" if backward else "forward"
     flops = 2.0 * weights * n * h * w * (3 if backward else 1)
     return Case(
@@ -69,7 +69,7 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": FEATURES, "num_grow_ch": GROWTH, "direction": direction},
         flops=flops,
-        bytes=float(values * (torch.finfo(DTYPES[dtype]).bits // 8)),
+        bytes=float(values * element_size(dtype)),
         state=state,
         inputs=inputs,
         eager=_finish(_builder(eager_dense_block), backward),
@@ -79,14 +79,11 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
 
 
 def _finish(build: Builder, backward: bool) -> Builder:
-    return with_gradients(build, count=2 * CONVS) if backward else build
+    return laid_out(with_gradients(build, count=2 * CONVS) if backward else build)
 
 
 def _parameters(state: State) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    weights = [state[f"weight{k}"] for k in range(CONVS)]
-    if not weights[0].requires_grad:
-        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
-    return weights, [state[f"bias{k}"] for k in range(CONVS)]
+    return [state[f"weight{k}"] for k in range(CONVS)], [state[f"bias{k}"] for k in range(CONVS)]
 
 
 def _builder(call: Callable[..., torch.Tensor]) -> Builder:

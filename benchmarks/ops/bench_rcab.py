@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from fastsr import ops
-from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, with_gradients
+from fastsr.bench.case import Builder, Call, Case, Inputs, Runner, State, element_size, laid_out, with_gradients
 from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.suite import Options
 from fastsr.kernels.rcab.reference import rcab as eager_rcab
 
 FEATURES, SQUEEZED = 64, 4
-IMAGES = {"tiny": ((2, 5, 19),), "quick": ((16, 48, 48),), "full": ((16, 48, 48), (1, 128, 128), (1, 256, 256))}
+IMAGES = {
+    "tiny": ((2, 5, 19),),
+    "quick": ((16, 48, 48),),
+    "full": ((16, 48, 48), (32, 64, 64), (1, 128, 128), (1, 256, 256), (1, 540, 960)),
+}
 SHAPES = {
     "weight1": (FEATURES, FEATURES, 3, 3),
     "weight2": (FEATURES, FEATURES, 3, 3),
@@ -30,12 +34,13 @@ SHAPES = {
 
 
 def cases(options: Options) -> list[Case]:
-    """Forward, and forward and backward, at every size."""
+    """Forward, and forward and backward, at every size; of a whole picture forward alone."""
     return [
         case(options, dtype, image, backward)
         for dtype in options.dtypes
         for image in IMAGES[options.sizes]
         for backward in (False, True)
+        if not backward or image[1] <= 256
     ]
 
 
@@ -60,10 +65,11 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
     if backward:
         runners["auto, save=input"] = ours("auto", save="input")
     else:
-        runners["auto, given buffers"] = Runner(_in_buffers)
-    runners |= plain_runners(lambda wrap: lambda state: _finish(_builder(wrap(eager_rcab)), backward)(state), dtype, options)
-    weights = sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    values = n * h * w * FEATURES * (5 if backward else 2) + weights * (3 if backward else 1)
+        runners["auto, given buffers"] = Runner(laid_out(_in_buffers))
+    runners |= plain_runners(lambda wrap: _finish(_builder(wrap(eager_rcab)), backward), dtype, options, inference=not backward)
+    parameters = sum(torch.Size(shape).numel() + shape[0] for shape in SHAPES.values())
+    values = (2 * n * h * w * FEATURES + parameters) * (1 + backward)
+    flops = 2.0 * 18 * FEATURES * FEATURES * n * h * w * (3 if backward else 1)
     direction = "forward+backward" if backward else "forward"
     return Case(
         suite="ops",
@@ -72,8 +78,8 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
         device=options.device,
         dtype=dtype,
         sizes={"n": n, "h": h, "w": w, "num_feat": FEATURES, "squeezed": SQUEEZED, "direction": direction},
-        flops=2.0 * 18 * FEATURES * FEATURES * n * h * w * (3 if backward else 1),
-        bytes=float(values * (torch.finfo(DTYPES[dtype]).bits // 8)),
+        flops=flops,
+        bytes=float(values * element_size(dtype)),
         state=state,
         inputs=inputs,
         eager=_finish(_builder(eager_rcab), backward),
@@ -82,19 +88,12 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], backward: bo
 
 
 def _finish(build: Builder, backward: bool) -> Builder:
-    return with_gradients(build, count=2 * len(SHAPES)) if backward else build
-
-
-def _parameters(state: State) -> list[Tensor]:
-    """In the operator's order; convolutions' weights channels-last at inference, where eager PyTorch reads them best."""
-    return [
-        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 and not t.requires_grad else t for t in state.values()
-    ]
+    return laid_out(with_gradients(build, count=2 * len(SHAPES)) if backward else build)
 
 
 def _builder(call: Callable[..., Tensor]) -> Builder:
     def build(state: State) -> Call:
-        parameters = _parameters(state)
+        parameters = tuple(state.values())
         return lambda x: call(x, *parameters)
 
     return build
@@ -102,7 +101,7 @@ def _builder(call: Callable[..., Tensor]) -> Builder:
 
 def _in_buffers(state: State) -> Call:
     """Hidden channels and output are given, weights are packed once: a network after `fastsr.freeze`."""
-    parameters = _parameters(state)
+    parameters = tuple(state.values())
     packed = ops.pack_weights(parameters[:4:2], parameters[1:4:2])
     buffers: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 

@@ -5,20 +5,22 @@ In several stages, as codecs have them, each quantises what the ones before left
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastsr import ops
-from fastsr.bench.case import BASELINE, DTYPES, Builder, Case, Inputs, Runner, State
-from fastsr.bench.cases.ops.bench_vq_nearest import SIZES, Size, draw_codebooks, draw_rows
+from fastsr.bench.case import Builder, Call, Case, Inputs, Runner, State, element_size
+from fastsr.bench.cases.ops.bench_vq_nearest import SIZES, Size, draw_codebooks, draw_rows, left_over, one_stage
 from fastsr.bench.cases.peers import code_search
+from fastsr.bench.cases.peers.rivals import Wrap, as_it_is, plain_runners
 from fastsr.bench.suite import Options
 
 DECAY = 0.99
 
-#: (x, gradient, codebook, sizes, averages, decay) -> (quantised, gradient of x, new codebook)
+#: (x, gradient, codebook, sizes, averages, decay) -> (codes, gradient of x, new codebook)
 Step = Callable[..., tuple[Tensor, ...]]
 
 
@@ -31,14 +33,14 @@ def _step(backend: str) -> Step:
     def step(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
         leaf = x.detach().requires_grad_()
         out = ops.vector_quantize(leaf, codebook, backend=backend)  # type: ignore[arg-type]
-        (dx,) = torch.autograd.grad([out.quantized, out.commitment_loss], leaf, [grad, out.commitment_loss.new_full((), 0.25)])
-        counts, sums = out.counts.to(size.dtype), out.sums.to(average.dtype)
-        return out.quantized.detach(), dx, code_search.updated(counts, sums, size, average, decay)
+        weight = out.commitment_loss.new_full((), code_search.COMMITMENT)
+        (dx,) = torch.autograd.grad([out.quantized, out.commitment_loss], leaf, [grad, weight])
+        return out.quantized.detach(), dx, code_search.updated(out.counts, out.sums, size, average, decay)
 
     return step
 
 
-def _in_stages(step: Step) -> Step:
+def _in_stages(step: Step, dtype: str) -> Step:
     """The sum of the stages' codes, the gradient through all of them, and the new codebooks."""
 
     def run(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
@@ -47,7 +49,7 @@ def _in_stages(step: Step) -> Step:
             q, d, updated = step(x, grad, book, book_size, book_average, decay)
             quantized, dx = quantized + q, dx + d
             books.append(updated)
-            x, grad = x - q, torch.zeros_like(grad)  # the outer gradient reaches x once
+            x, grad = left_over(x, q, dtype), torch.zeros_like(grad)  # the outer gradient reaches x once
         return quantized, dx, torch.stack(books)
 
     return run
@@ -65,14 +67,22 @@ def case(options: Options, dtype: str, size: Size) -> Case:
         return draw_rows(generator, size), torch.randn(n, d, generator=generator)
 
     def build(step: Step) -> Builder:
-        whole = step if size.stages == 1 else _in_stages(step)
+        whole = step if size.stages == 1 else _in_stages(step, dtype)
         return lambda state: lambda x, grad: whole(x, grad, state["codebook"], state["size"], state["average"], DECAY)
 
-    eager = build(code_search.one_hot_step)
+    def plain(wrap: Wrap) -> Builder:
+        # What is differentiated and what is not are compiled apart.
+        return build(code_search.step(wrap(code_search.quantized), wrap(code_search.scattered)))
+
+    def library(state: State) -> Call:
+        return code_search.vector_quantize_pytorch_step(state, DECAY)
+
     runners = {name: Runner(build(_step(name))) for name in ("auto", "compiled", "triton")}
-    runners |= {BASELINE: Runner(eager), "eager, index_add_": Runner(build(code_search.scatter_step))}
-    if size.stages == 1:
-        runners["vector-quantize-pytorch"] = Runner(lambda state: code_search.vector_quantize_pytorch_step(state, DECAY))
+    runners |= plain_runners(plain, dtype, options, images=False)
+    expanded = functools.partial(code_search.quantized, search=code_search.expanded)
+    runners["eager, one-hot"] = Runner(build(code_search.step(expanded, code_search.one_hot)))
+    runners["vector-quantize-pytorch"] = Runner(one_stage(library, "this step of vector-quantize-pytorch"))
+    codebooks = size.stages * k * (3 * d + 1)  # read with their averages and sizes, and written
     return Case(
         suite="ops",
         subject="vector_quantize",
@@ -81,9 +91,9 @@ def case(options: Options, dtype: str, size: Size) -> Case:
         dtype=dtype,
         sizes=size.record(direction="forward+backward"),
         flops=size.flops,
-        bytes=float((7 * n * d + 4 * k * d) * size.stages * (torch.finfo(DTYPES[dtype]).bits // 8)),
+        bytes=float((4 * n * d + codebooks) * element_size(dtype)),
         state=state,
         inputs=inputs,
-        eager=eager,
+        eager=plain(as_it_is),
         runners=runners,
     )

@@ -1,8 +1,8 @@
 """Nearest-code search: N rows against K codes of D channels, in one or several stages.
 
-Rows are codes plus noise of their size, so that every formula finds the same indices and none is left out as wrong; how often
-the formulas are wrong on less kind data stands in docs/vector-quantization.md. In several stages each searches what the ones before
-left over, and the codes shrink from stage to stage as those of trained codecs do.
+Rows are codes plus noise of their size, so that every formula that computes in float32 finds the same indices and none of these is left
+out as wrong; how often they are wrong on less kind data stands in docs/vector-quantization.md. In several stages each searches what
+the ones before left over, rounded to the case's dtype, and the codes shrink from stage to stage as those of trained codecs do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastsr import ops
-from fastsr.bench.case import BASELINE, DTYPES, Builder, Case, Inputs, Runner, State
+from fastsr.bench.case import DTYPES, Builder, Call, Case, Inputs, Runner, State, Unavailable, element_size
 from fastsr.bench.cases.peers import code_search
+from fastsr.bench.cases.peers.rivals import plain_runners
 from fastsr.bench.gate import STATE_SEED
 from fastsr.bench.suite import Options
 
@@ -88,7 +89,12 @@ def draw_rows(generator: torch.Generator, size: Size) -> Tensor:
     return rows
 
 
-def in_stages(search: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def left_over(x: Tensor, codes: Tensor, dtype: str) -> Tensor:
+    """x - codes rounded to the case's dtype, so that the next stage's input is the same whoever computes, in float64 too."""
+    return (x - codes).to(DTYPES[dtype]).to(x.dtype)
+
+
+def in_stages(search: Callable[[Tensor, Tensor], Tensor], dtype: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The search of (K, D), or of (stages, K, D) one after the other: indices (N,) or (N, stages)."""
 
     def run(x: Tensor, codebook: Tensor) -> Tensor:
@@ -97,10 +103,33 @@ def in_stages(search: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
         indices = []
         for book in codebook:
             indices.append(search(x, book))
-            x = x - book[indices[-1]]
+            x = left_over(x, book[indices[-1]], dtype)
         return torch.stack(indices, 1)
 
     return run
+
+
+def margin(inputs: Inputs, state: State, dtype: str) -> Tensor:
+    """Whether a row's choice is clear; in several stages, those of all stages so far, since another code leaves something else over."""
+    (x,), codebook = inputs, state["codebook"]
+    if codebook.dim() == 2:
+        return code_search.clear(x, codebook)
+    stages = []
+    for book in codebook:
+        stages.append(code_search.clear(x, book))
+        x = left_over(x, book[code_search.product(x, book)], dtype)
+    return torch.stack(stages, 1).cummin(1).values
+
+
+def one_stage(build: Builder, name: str) -> Builder:
+    """A peer that has no residual search."""
+
+    def build_one(state: State) -> Call:
+        if state["codebook"].dim() == 3:
+            raise Unavailable(f"{name} searches one stage")
+        return build(state)
+
+    return build_one
 
 
 def case(options: Options, dtype: str, size: Size) -> Case:
@@ -113,19 +142,20 @@ def case(options: Options, dtype: str, size: Size) -> Case:
         return (draw_rows(generator, size),)
 
     def search(function: Callable[..., Tensor]) -> Builder:
-        return lambda state: functools.partial(in_stages(function), codebook=state["codebook"])
+        return lambda state: functools.partial(in_stages(function, dtype), codebook=state["codebook"])
 
-    eager = search(code_search.expanded)
     runners = {name: Runner(search(functools.partial(ops.vq_nearest, backend=name))) for name in ("auto", "compiled", "triton")}
+    runners |= plain_runners(lambda wrap: search(wrap(code_search.product)), dtype, options, images=False)
+    runners |= {"eager, expanded": Runner(search(code_search.expanded)), "torch.cdist": Runner(search(code_search.cdist))}
+    if dtype != "float32":
+        runners[f"eager, {dtype} products"] = Runner(search(code_search.rounded))
+        runners["eager, float32 sums"] = Runner(search(code_search.accumulated))
     runners |= {
-        BASELINE: Runner(eager),
-        "torch.cdist": Runner(search(code_search.cdist)),
-        "torch.compile": Runner(lambda state: search(torch.compile(code_search.expanded, dynamic=False))(state)),
         "vector-quantize-pytorch": Runner(code_search.vector_quantize_pytorch),
+        "faiss IndexFlatL2": Runner(one_stage(code_search.faiss_flat, "faiss")),
+        "flash-kmeans": Runner(one_stage(code_search.flash_kmeans, "flash-kmeans")),
     }
-    if size.stages == 1:
-        runners |= {"faiss IndexFlatL2": Runner(code_search.faiss_flat), "flash-kmeans": Runner(code_search.flash_kmeans)}
-    values = (size.n + size.k) * size.d * size.stages
+    values = (size.n + size.k * size.stages) * size.d
     return Case(
         suite="ops",
         subject="vq_nearest",
@@ -134,9 +164,10 @@ def case(options: Options, dtype: str, size: Size) -> Case:
         dtype=dtype,
         sizes=size.record(),
         flops=size.flops,
-        bytes=float(values * (torch.finfo(DTYPES[dtype]).bits // 8) + 8 * size.n * size.stages),
+        bytes=float(values * element_size(dtype) + 8 * size.n * size.stages),
         state=state,
         inputs=inputs,
-        eager=eager,
+        eager=search(code_search.product),
         runners=runners,
+        margin=functools.partial(margin, dtype=dtype),
     )

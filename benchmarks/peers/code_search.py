@@ -1,22 +1,69 @@
-"""What nearest-code searches and quantiser updates are measured against: the formulas that networks use, and three libraries."""
+"""What nearest-code searches and quantiser updates are measured against: the formulas that networks use, and three libraries.
+
+In a lower precision the formulas compute their products and distances in float32, as careful networks do: rounded to it, a distance
+has too few digits to tell codes apart, and the gate does not time a search that chooses wrongly.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.bench.case import Call, State, Unavailable
+from fastsr.bench.case import CLEAR, Call, State, Unavailable
+
+Search = Callable[[Tensor, Tensor], Tensor]
+
+#: The weight of the commitment loss.
+COMMITMENT = 0.25
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32, or as it is if that is wider."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def product(x: Tensor, codebook: Tensor) -> Tensor:
+    """argmin of |e|^2 - 2 x.e, which one call of BLAS computes: two passes over all distances fewer than the usual formula."""
+    x, codebook = wide(x), wide(codebook)
+    return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
 
 
 def expanded(x: Tensor, codebook: Tensor) -> Tensor:
     """The usual formula, |x|^2 - 2 x.e + |e|^2 and argmin."""
+    return rounded(wide(x), wide(codebook))
+
+
+def rounded(x: Tensor, codebook: Tensor) -> Tensor:
+    """The usual formula in the dtype of its operands, however low: fast where it has matrix units, and wrong for many rows."""
     return torch.argmin(x.square().sum(1, keepdim=True) - 2 * x @ codebook.T + codebook.square().sum(1), 1)
+
+
+def accumulated(x: Tensor, codebook: Tensor) -> Tensor:
+    """Products of low precision summed in float32 by a GPU's matrix units; such products are exact."""
+    if not x.is_cuda:
+        raise Unavailable("products of low precision with sums in float32 are for CUDA")
+    products = torch.mm(x, codebook.T, out_dtype=torch.float32)
+    return torch.sub(codebook.float().square().sum(1), products, alpha=2).argmin(1)
 
 
 def cdist(x: Tensor, codebook: Tensor) -> Tensor:
     """torch.cdist and argmin."""
-    return torch.cdist(x, codebook).argmin(1)
+    return torch.cdist(wide(x), wide(codebook)).argmin(1)
+
+
+def clear(x: Tensor, codebook: Tensor) -> Tensor:
+    """Rows (N,) whose nearest code is nearer than the second by more than `CLEAR` of the latter's squared distance."""
+    if len(codebook) == 1:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    found = []
+    for rows in x.split(max(1, (1 << 25) // len(codebook))):  # a quarter of a gigabyte of distances at a time
+        distances = rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)
+        best, second = distances.topk(2, largest=False).values.clamp_min(0).unbind(1)
+        found.append(second - best > CLEAR * second)
+    return torch.cat(found)
 
 
 def faiss_flat(state: State) -> Call:
@@ -84,7 +131,7 @@ def vector_quantize_pytorch_step(state: State, decay: float) -> Call:
         raise Unavailable(f"{error.name} is not installed; pip install vector-quantize-pytorch") from error
     codes = state["codebook"]
     module = VectorQuantize(
-        dim=codes.shape[1], codebook_size=codes.shape[0], decay=decay, commitment_weight=0.25, rotation_trick=False, kmeans_init=False
+        dim=codes.shape[1], codebook_size=codes.shape[0], decay=decay, commitment_weight=COMMITMENT, rotation_trick=False, kmeans_init=False
     )
     module = module.to(codes.device, codes.dtype).train()
     book = module._codebook
@@ -95,41 +142,51 @@ def vector_quantize_pytorch_step(state: State, decay: float) -> Call:
             buffer.data.copy_(value[None])
         leaf = x.detach().requires_grad_()
         quantized, _, loss = module(leaf[None])
-        (dx,) = torch.autograd.grad((quantized[0] * grad).sum() + loss.sum(), leaf)
+        (dx,) = torch.autograd.grad([quantized, loss], leaf, [grad[None], torch.ones_like(loss)])
         return quantized[0].detach(), dx, book.embed[0].clone()
 
     return run
 
 
-def one_hot_step(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
-    """Quantise, differentiate and update the codebook by moving averages, through a one-hot matrix as many tutorials do."""
-    leaf = x.detach().requires_grad_()
-    hot = F.one_hot(expanded(leaf.detach(), codebook), len(codebook)).to(x.dtype)
-    q = hot @ codebook
-    loss = F.mse_loss(leaf, q)
-    quantized = leaf + (q - leaf).detach()
-    (dx,) = torch.autograd.grad((quantized * grad).sum() + 0.25 * loss, leaf)
-    with torch.no_grad():
-        return q, dx, updated(hot.sum(0), hot.T @ x, size, average, decay)
-
-
-def scatter_step(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
-    """The same with a gather and `index_add_` instead of a one-hot matrix."""
-    leaf = x.detach().requires_grad_()
-    index = expanded(leaf.detach(), codebook)
+def quantized(x: Tensor, codebook: Tensor, search: Search = product) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x replaced by its codes, through which gradients pass to x as they are; the commitment loss; the codes; their indices."""
+    index = search(x.detach(), codebook)
     q = codebook[index]
-    loss = F.mse_loss(leaf, q)
-    quantized = leaf + (q - leaf).detach()
-    (dx,) = torch.autograd.grad((quantized * grad).sum() + 0.25 * loss, leaf)
-    with torch.no_grad():
-        counts = torch.bincount(index, minlength=len(codebook)).to(x.dtype)
-        return q, dx, updated(counts, torch.zeros_like(codebook).index_add_(0, index, x), size, average, decay)
+    return x + (q - x).detach(), F.mse_loss(x, q), q, index
+
+
+def scattered(x: Tensor, index: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """How many rows chose each of the codes, and their sums, in float32 at least."""
+    x = wide(x)
+    counts = x.new_zeros(codes).index_add_(0, index, x.new_ones(()).expand(len(x)))
+    return counts, x.new_zeros(codes, x.shape[1]).index_add_(0, index, x)
+
+
+def one_hot(x: Tensor, index: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """The same through a one-hot matrix, as many tutorials do."""
+    x = wide(x)
+    hot = F.one_hot(index, codes).to(x.dtype)
+    return hot.sum(0), hot.T @ x
+
+
+def step(forward: Callable[..., tuple[Tensor, ...]], gather: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A training step (x, gradient, codebook, sizes, averages, decay) -> (codes, gradient of x, new codebook), made of something
+    like `quantized` and something like `scattered`."""
+
+    def run(x: Tensor, grad: Tensor, codebook: Tensor, size: Tensor, average: Tensor, decay: float) -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        y, loss, q, index = forward(leaf, codebook)
+        (dx,) = torch.autograd.grad([y, loss], leaf, [grad, loss.new_full((), COMMITMENT)])
+        with torch.no_grad():
+            return q, dx, updated(*gather(x, index, len(codebook)), size, average, decay)
+
+    return run
 
 
 def updated(counts: Tensor, sums: Tensor, size: Tensor, average: Tensor, decay: float) -> Tensor:
-    """The codebook after one step of moving averages with Laplace smoothing, from given averages."""
-    size = size.lerp(counts, 1 - decay)
-    return average.lerp(sums, 1 - decay) / smoothed(size)[:, None]
+    """The codebook after one step of moving averages with Laplace smoothing, from given averages; computed as `wide` says."""
+    sizes = wide(size).lerp(wide(counts), 1 - decay)
+    return (wide(average).lerp(wide(sums), 1 - decay) / smoothed(sizes)[:, None]).to(average.dtype)
 
 
 def smoothed(size: Tensor) -> Tensor:

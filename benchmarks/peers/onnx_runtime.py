@@ -13,7 +13,7 @@ from fastsr.bench.case import Call, Unavailable
 
 
 def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
-    """A call that runs `network` on onnxruntime. It is exported for the shape of the first input.
+    """A call that runs `network` on onnxruntime. It is exported for the shape of the first input; several outputs make a tuple.
 
     Raises:
         Unavailable: onnxruntime or the exporter's packages are not installed, or the dtype is not float32.
@@ -28,7 +28,7 @@ def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
         raise Unavailable(f"onnxruntime's CPU convolutions are float32; this case is {dtype}")
     sessions: dict[torch.Size, Any] = {}
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if x.shape not in sessions:
             exported = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
             assert exported is not None
@@ -38,7 +38,8 @@ def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
             options.intra_op_num_threads = torch.get_num_threads()
             sessions[x.shape] = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
         session = sessions[x.shape]
-        (y,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.numpy())})
-        return torch.from_numpy(y)
+        answer = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.numpy())})
+        outputs = tuple(torch.from_numpy(y) for y in answer)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return run

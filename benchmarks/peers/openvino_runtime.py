@@ -14,6 +14,8 @@ from fastsr.bench.case import Call, Unavailable
 def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
     """A call that runs `network` on OpenVINO. It is compiled for the shape of the first input.
 
+    Its inputs and outputs are float32 in any precision; several outputs make a tuple.
+
     Raises:
         Unavailable: OpenVINO is not installed, or it has no such precision on a CPU.
     """
@@ -24,10 +26,10 @@ def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
     hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
     if dtype not in hints:
         raise Unavailable(f"no OpenVINO runner for {dtype}")
-    network = network.float()  # the precision of the inference is a hint; inputs and outputs are float32
+    network = network.float()  # the precision of the inference is a hint
     compiled: dict[torch.Size, Any] = {}
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if x.shape not in compiled:
             model = openvino.convert_model(network, example_input=x.float(), input=[tuple(x.shape)])
             settings = {
@@ -36,7 +38,8 @@ def compile_network(network: nn.Module, dtype: torch.dtype) -> Call:
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             }
             compiled[x.shape] = openvino.compile_model(model, "CPU", settings)
-        y = compiled[x.shape](np.ascontiguousarray(x.float().numpy()))[0]
-        return torch.from_numpy(y).to(dtype)
+        answer = compiled[x.shape](np.ascontiguousarray(x.float().numpy()))  # no copies where x is a float32 picture in NCHW
+        outputs = tuple(torch.from_numpy(answer[i]) for i in range(len(answer)))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return run

@@ -23,7 +23,8 @@ from fastsr.bench.suite import Options
 RUNNERS = ("auto", "auto, save=input", BASELINE, "torch.compile", "faiss IndexFlatL2", "flash-kmeans")
 
 SIDES = {"full": (16, 32, 64, 128, 256, 512), "quick": (16, 48), "tiny": (4, 6)}
-GROUPS = {"full": (1, 2, 5, 10, 20), "quick": (1, 2), "tiny": (1,)}  # of 20 blocks: 42 to 825 convolutions
+#: (groups, blocks in each): 10 to 825 convolutions of 3x3.
+DEPTHS = {"full": ((1, 2), (1, 5), (1, 10), (1, 20), (2, 20), (5, 20), (10, 20), (20, 20)), "quick": ((1, 2), (1, 20)), "tiny": ((1, 2),)}
 BATCHES = {"full": (1, 2, 4, 8, 16, 32), "quick": (1, 4), "tiny": (1, 2)}
 PATCH = {"full": 48, "quick": 24, "tiny": 4}
 DEEP_PATCH = {"full": 24, "quick": 12, "tiny": 4}
@@ -45,9 +46,9 @@ def _curves(options: Options, dtype: str) -> Iterator[Case]:
     size = options.sizes
     for side in SIDES[size]:
         yield _point(bench_rcan.case(options, dtype, (1, side, side), 1, backward=False), "pixels", side * side)
-    for groups in GROUPS[size]:
+    for groups, blocks in DEPTHS[size]:
         image = (1, DEEP_PATCH[size], DEEP_PATCH[size])
-        yield _point(bench_rcan.case(options, dtype, image, groups, backward=True), "depth", _convolutions(groups))
+        yield _point(bench_rcan.case(options, dtype, image, groups, backward=True, blocks=blocks), "depth", _convolutions(groups, blocks))
     for batch in BATCHES[size]:
         yield _point(bench_rcan.case(options, dtype, (batch, PATCH[size], PATCH[size]), 1, backward=False), "batch", batch)
     for axis, field, values in (("rows", "n", ROWS), ("k", "k", CODEBOOK), ("d", "d", CHANNELS)):
@@ -73,7 +74,7 @@ def _point(case: Case, axis: str, value: int) -> Case:
     )
 
 
-def _convolutions(groups: int) -> int:
+def _convolutions(groups: int, blocks: int) -> int:
     with torch.device("meta"):
-        network = eager.RCAN(num_group=groups)
+        network = eager.RCAN(num_group=groups, num_block=blocks)
     return sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())

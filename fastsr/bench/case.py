@@ -24,6 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: Operations of which float64 on two cores takes seconds, not minutes: beyond, a forward case names a `crop`.
 AFFORDABLE_FLOPS = 2e11
 
+#: Two distances are told apart by whoever computes in float32 if they differ by more than this, relative to the larger.
+CLEAR = 1e-5
+
 #: The eager runner that ratios are taken against: what a careful user has without this package.
 BASELINE = "eager channels-last"
 
@@ -38,7 +41,7 @@ class Runner:
 
     build: Builder
     channels_last: bool = True  # the layout in which it gets its (N, C, H, W) inputs
-    dtype: str | None = None  # that of its inputs, where it is not the case's; their values are the case's all the same
+    dtype: str | None = None  # in which it gets its inputs, their values rounded to the case's dtype first; None: that dtype
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,16 @@ class Case:
 
     `inputs` draws a fresh set from a generator; `state` draws the weights, which are equal in all processes.
     `eager` is the plain computation: in float64 it is the truth, in the case's dtype it sets the error allowed.
-    `flops` counts a multiply-add as two, as a direct convolution has them; `bytes` counts each input read once
-    and each output written once. `crop` is for a forward case whose float64 would take minutes: it cuts the inputs to a size
-    that the same call can take (see `fastsr.bench.gate`). `margin` says where a whole-number output, of the inputs and the state in
-    float64, is clear: elsewhere two values are so near each other that either is right.
+    `flops` counts a multiply-add as two, as a direct convolution has them.
+    `bytes` is what nobody can do without: each input of the whole call (weights and gradients too) read once, each output (gradients
+    of weights too) written once, nothing in between; x counts once even where forward and backward both read it. So 100% of a
+    copy roof means the same in all cases, and training cannot reach it unless its tensors stay in a cache.
+    `crop` is for a forward case whose float64 would take minutes: it cuts the inputs to a size that the same call can take
+    (see `fastsr.bench.gate`).
+    `margin` is for a case with an integer output, which is a choice: twice eager's error says nothing about it. Given inputs and state in
+    float64 it returns booleans in that output's shape: whether the float64 choice is clear, its distance being less than the second
+    best's by more than `CLEAR` of the latter. The gate's rule: no element may differ from the float64 choice where it is
+    clear; what differs is counted, reported as wrong and never timed.
     """
 
     suite: Literal["ops", "models", "scaling"]
@@ -95,6 +104,36 @@ def with_gradients(build: Builder, count: int) -> Builder:
         return call
 
     return build_both
+
+
+def laid_out(build: Builder) -> Builder:
+    """The same call, its 4-D weights in the layout of its first input: torch computes in channels-last if the input or the weight is.
+
+    It goes around `with_gradients`, whose copies of the weights, and so their gradients, keep the layout.
+    """
+
+    def build_later(state: State) -> Call:
+        built: list[Call] = []
+
+        def call(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            if not built:
+                weights = to_layout(tuple(state.values()), is_channels_last(inputs[0]))
+                built.append(build(dict(zip(state, weights, strict=True))))
+            return built[0](*inputs)
+
+        return call
+
+    return build_later
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a 4-D tensor lies in channels-last; one that is both, with a single channel or pixel, counts as it."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of a value."""
+    return DTYPES[dtype].itemsize
 
 
 def corner(side: int, flops: float) -> Callable[[Inputs], Inputs] | None:
