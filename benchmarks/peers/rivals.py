@@ -86,8 +86,14 @@ class _Constant(nn.Module):
         return self.function(x, *(held[0] if single else held for held, single in zip(lists, self.single, strict=True)), **new)
 
 
-def _late(build: Callable[[Wrap], Builder], wrap: Wrap) -> Builder:
-    return lambda state: build(wrap)(state)
+def _late(build: Callable[[Wrap], Builder], compiling: Wrap) -> Builder:
+    def build_compiled(state: State) -> Call:
+        # Other runners of the same process must not use up the limit beyond which the compiler gives up and runs eagerly, unsaid.
+        torch.compiler.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return build(compiling)(state)
+
+    return build_compiled
 
 
 def _autocast(device: str, dtype: torch.dtype) -> Wrap:
