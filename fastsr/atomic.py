@@ -12,8 +12,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Write to the file that this yields; it is moved to `path` when the block ends well, and removed otherwise (also after Ctrl-C)."""
+    """Write to the file that this yields; it is moved to `path` when the block ends well, and removed otherwise (also after Ctrl-C).
+
+    Raises:
+        OSError: `path` is a folder, a device or a pipe: a file would take its place.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file; expected a new name or a file to replace")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:

@@ -54,9 +54,13 @@ def run(
     say: Say = lambda _: None,
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure all cases of the modules; `keep` gets the report so far after every case, so that a killed run loses little."""
+    """Measure all cases of the modules; `keep` gets the report so far after every case, so that a killed run loses little.
+
+    Its "complete" is True when the last case is done.
+    """
     report: dict[str, Any] = {
         "format": results.FORMAT,
+        "complete": False,
         "environment": environment.record(settings.threads),
         "settings": {
             **settings.options.record(),
@@ -90,7 +94,7 @@ def run(
             report["results"] += results.rate(rows, before)
             if keep:
                 keep(report)
-    return report
+    return {**report, "complete": True}
 
 
 def run_case(module: str, case: Case, settings: Settings, say: Say = lambda _: None) -> list[dict[str, Any]]:
@@ -186,7 +190,7 @@ def _measure(
 
 def _timed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     samples = [answer["samples"] for answer in rounds]
-    faults = {kind: sum(answer["faults"][kind] for answer in rounds) / len(rounds) for kind in ("minor", "major")}
+    faults = {kind: sum(answer["faults"][kind] for answer in rounds) / len(rounds) for kind in rounds[0]["faults"]}
     return {"seconds": summary(samples), "samples": samples, "faults": faults}
 
 

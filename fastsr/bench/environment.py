@@ -53,6 +53,7 @@ def record(threads: int | None = None) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := version_of(name))},
         "cpu": cpu(),
         "threads": threads or torch.get_num_threads(),
+        "load": load(),
         "huge_pages": huge_pages(),
         "native": {"missing": _native.missing, "isa": _native.cpu_isa(), **_native.build},
         "gpu": gpu(),
@@ -85,6 +86,13 @@ def cpu() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     known = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
     return {"model": model, "cores": cores, "memory_bytes": memory, "flags": [flag for flag in known if flag in flags]}
+
+
+def load() -> float | None:
+    """How many processes wanted a core during the last minute, on average."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.getloadavg()[0]
+    return None
 
 
 def huge_pages() -> str | None:

@@ -18,6 +18,10 @@ from typing import Any
 #: Where the package that is running now lies: a worker imports the same one from any folder.
 ROOT = str(Path(__file__).resolve().parents[2])
 
+#: Begins a script for `python -c`: what lies in the current folder is no module of ours.
+NOT_FROM_HERE = "import sys; sys.path[:] = [p for p in sys.path if p]; "
+_WORKER = NOT_FROM_HERE + "from fastsr.bench.worker import main; raise SystemExit(main(sys.argv[1:]))"
+
 
 def environment(threads: int | None, extra: Mapping[str, str]) -> dict[str, str]:
     """The variables of a child: this process's own, with the threads fixed and this package importable."""
@@ -42,7 +46,7 @@ class WorkerProcess:
         reading, writing = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastsr.bench.worker", str(writing)],
+            [sys.executable, "-c", _WORKER, str(writing)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,

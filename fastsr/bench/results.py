@@ -41,6 +41,36 @@ def rate(rows: list[dict[str, Any]], roofs: dict[str, Any]) -> list[dict[str, An
     return rows
 
 
+class Target:
+    """The JSON file of a run: what has been measured is kept beside it, and takes its place when the run is complete.
+
+    Raises:
+        OSError: nothing can be written there; noticed before anything is measured.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if not path or (self.path.exists() and not self.path.is_file()):
+            raise OSError(f"--json is {path!r}; expected a new name or a file to replace")
+        self.partial = partial_of(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path.parent, os.W_OK | os.X_OK):
+            raise OSError(f"--json is {path!r}, but {self.path.parent} is not writable")
+
+    def keep(self, report: Any) -> None:
+        """Write what there is so far."""
+        write_json(self.partial, report)
+
+    def finish(self) -> None:
+        """What was kept last is the result."""
+        os.replace(self.partial, self.path)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a run that is not complete keeps what it has for `path`."""
+    return path.with_name(path.name + ".partial")
+
+
 def write_json(path: str | Path, report: Any) -> None:
     """Write all or nothing: a reader never sees half a file, and an interrupted write leaves the old one."""
     path = Path(path)

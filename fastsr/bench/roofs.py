@@ -6,6 +6,7 @@ the user's cache folder; it runs in a process of its own. GPU: a large copy and 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -63,7 +64,7 @@ def measure_cpu(threads: int | None = None, seconds: float = SECONDS) -> Roofs:
     try:
         library = compiled()
         in_cache = threads * l2_bytes() // 2
-        words = [sys.executable, "-c", _SCRIPT, str(library), *map(str, (threads, seconds, REPEATS, COPY_BYTES, in_cache))]
+        words = [sys.executable, "-I", "-c", _SCRIPT, str(library), *map(str, (threads, seconds, REPEATS, COPY_BYTES, in_cache))]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     except (NotMeasured, subprocess.TimeoutExpired) as error:
         return {"missing": str(error)}
@@ -129,7 +130,7 @@ def compiled() -> Path:
         made = Path(folder) / "fastsr_roofs.so"
         done = subprocess.run([*compiler, *flags, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NotMeasured(f"{compiler[0]} refused roofs.cpp: {done.stderr.strip()[-500:]}")
+            raise NotMeasured(f"{compiler[0]} refused roofs.cpp: {done.stderr.strip()[-500:] or f'exit code {done.returncode}'}")
         os.replace(made, target)
     return target
 
@@ -144,12 +145,15 @@ def cache_folder() -> Path:
     except OSError:
         pass
     # Never a predictable name in a folder that others can write to: the library would be loaded from there.
-    return Path(tempfile.mkdtemp(prefix="fastsr-"))
+    folder = tempfile.mkdtemp(prefix="fastsr-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def measure_gpu(dtypes: Sequence[str], timeout: float = 180) -> Roofs:
     """The roofs of the GPU, in a process of its own: copy, and a matrix product in each dtype under torch's own settings."""
-    words = [sys.executable, "-c", "from fastsr.bench import roofs; roofs.main()", *dict.fromkeys(("float32", "bfloat16", *dtypes))]
+    script = process.NOT_FROM_HERE + "from fastsr.bench import roofs; roofs.main()"
+    words = [sys.executable, "-c", script, *dict.fromkeys(("float32", "bfloat16", *dtypes))]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=process.environment(None, {}))
     except subprocess.TimeoutExpired:

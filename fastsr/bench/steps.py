@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsr.bench.process import stop_group
+from fastsr.bench.results import partial_of
 
 #: In a step's command this word becomes the path of the JSON file that the step may write.
 JSON = "{json}"
@@ -82,9 +83,10 @@ def run_step(step: Step, limit: float, folder: Path | None = None, tail: int = 4
         else:
             record["status"] = "ok"
         record["tail"] = text[-tail:]
-        if out.exists():  # whatever a step wrote before it died is kept
+        # Whatever a step wrote before it died is kept.
+        if written := next((path for path in (out, partial_of(out)) if path.exists()), None):
             try:
-                record["data"] = json.loads(out.read_text())
+                record["data"] = json.loads(written.read_text())
             except ValueError as error:
                 record["data_error"] = str(error)
         return record

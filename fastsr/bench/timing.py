@@ -132,13 +132,14 @@ def launches(run: Callable[[], Any], device: str) -> int | None:
 
 @contextlib.contextmanager
 def page_faults() -> Iterator[dict[str, int]]:
-    """Counts the page faults of this process inside the block."""
+    """Counts the page faults of this process inside the block, and how often others took a core from it."""
     counts: dict[str, int] = {}
     before = resource.getrusage(resource.RUSAGE_SELF)
     yield counts
     after = resource.getrusage(resource.RUSAGE_SELF)
     counts["minor"] = after.ru_minflt - before.ru_minflt
     counts["major"] = after.ru_majflt - before.ru_majflt
+    counts["preempted"] = after.ru_nivcsw - before.ru_nivcsw
 
 
 def peak_memory(run: Callable[[], Any], device: str) -> int:

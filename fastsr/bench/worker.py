@@ -1,8 +1,6 @@
 """The process of one runner: builds it, puts it through the gate, and times a round whenever it is told to.
 
-    python -m fastsr.bench.worker REPLY_FD
-
-Commands arrive on standard input and answers leave on the given file descriptor, one JSON object a line each.
+Commands arrive on standard input and answers leave on the file descriptor that its argument names, one JSON object a line each.
 Standard output and error are the runner's own and belong to its log.
 """
 
@@ -233,7 +231,3 @@ def main(argv: list[str]) -> int:
         gc.collect()
         reply_to.write(json.dumps({"status": "ok", **answer}) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -181,6 +181,7 @@ CROPPED_RUNNERS = {
     "half of large": _half_of_large,
     "cached": _cached,
     "lazy": _lazy,
+    "hanging when large": _hanging,
 }
 
 

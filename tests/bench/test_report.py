@@ -185,6 +185,57 @@ def test_files_that_are_no_reports(text: str | None, complaint: str, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "complaint"),
+    [
+        (("environment", "cpu"), None, "environment.cpu is None; expected an object"),
+        (("environment",), [], "environment is []; expected an object"),
+        (("settings", "variables"), ..., "settings.variables is missing"),
+        (("results",), None, "results is None; expected list"),
+        (("results", 0), "row", "results[0] is 'row'; expected an object"),
+        (("results", 0, "runner"), ..., "results[0].runner is missing"),
+        (("results", 0, "seconds", "median"), "1", "results[0].seconds.median is '1'; expected int or float"),
+        (("results", 0, "seconds", "median"), 0, "results[0].samples holds no samples"),
+        (("results", 0, "samples"), [[], []], "results[0].samples holds no samples"),
+        (("results", 0, "samples"), [["fast"]], "results[0].samples holds no samples"),
+        (("results", 0, "seconds"), ..., "results[0].reason is missing"),
+        (("roofs",), {"copy": {"value": 3}}, "roofs.copy.unit is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_place(place: tuple, value: object, complaint: str, tmp_path: Path) -> None:
+    """Before anything is measured or written: a baseline is read by the same function."""
+    run = a_run(auto=1.0)
+    *outer, last = place
+    inner = run
+    for key in outer:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: {complaint}")):
+        report.read(path)
+
+
+def test_files_of_the_same_name_stay_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "run.json" for folder in ("a", "b")] + [tmp_path / "a" / "other.json", tmp_path / "a" / "run.json"]
+    assert list(report.named(paths)) == ["a-run", "b-run", "other"]
+
+
+def test_a_page_says_when_nothing_was_timed_or_the_run_was_interrupted() -> None:
+    run = a_run(auto=1.0)
+    assert "interrupted" not in markdown.page({"run": run}, None, [])
+    assert "the run was interrupted" in markdown.page({"run": {**run, "complete": False}}, None, [])
+    failed = [{**row, "status": "wrong", "reason": "NaN"} for row in run["results"]]
+    for row in failed:
+        del row["seconds"]
+    text = markdown.page({"run": {**run, "results": failed}}, None, [])
+    assert "Nothing was timed." in text
+    assert "In none of the cases" not in text
+
+
 def test_another_format_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**a_run(auto=1.0), "format": 99}))

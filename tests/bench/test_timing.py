@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,25 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         results.write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"] == 1
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_a_target_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in ("", str(tmp_path), "/dev/null", str(tmp_path / "file" / "x.json")):
+        with pytest.raises(OSError, match="--json is '" if not path else re.escape(str(Path(path).parent))):
+            results.Target(path)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_result_replaces_an_older_one_only_when_it_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("old")
+    target = results.Target(str(tmp_path / "r.json"))
+    target.keep({"a": 1})
+    assert (tmp_path / "r.json").read_text() == "old"
+    assert json.loads(target.partial.read_text()) == {"a": 1}
+    target.finish()
+    assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1}
+    assert not target.partial.exists()
 
 
 def test_rates_take_the_roof_that_binds() -> None:

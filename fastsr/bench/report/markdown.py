@@ -23,6 +23,8 @@ def page(runs: Runs, before: Mapping[str, Any] | None, pictures: Sequence[str]) 
     if before is not None:
         for name, run in runs.items():
             parts += [f"## {name} against the baseline", _comparison(before, run)]
+    if not pictures:
+        parts += ["No plots: matplotlib is not installed, or nothing was timed."]
     if pictures:
         parts += ["## Plots", *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures)]
     for name, run in runs.items():
@@ -42,11 +44,16 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _machine(run: Mapping[str, Any]) -> str:
     commit = (run["environment"].get("commit") or "unknown")[:10]
-    return f"{results.machine(run['environment'])}, commit {commit}; {results.roof_line(run['roofs'])}"
+    load = run["environment"].get("load")
+    remarks = "" if run.get("complete", True) else "; **the run was interrupted**"
+    remarks += "" if load is None else f"; load before it {load:.1f}"
+    return f"{results.machine(run['environment'])}, commit {commit}; {results.roof_line(run['roofs'])}{remarks}"
 
 
 def _losses(runs: Runs) -> str:
-    names = {id(row): name for name, run in runs.items() for row in run["results"]}
+    names = {id(row): name for name, run in runs.items() for row in run["results"] if "seconds" in row}
+    if not names:
+        return "Nothing was timed."
     found = losses(group for run in runs.values() for group in groups(run["results"]).values())
     if not found:
         return "In none of the cases below."

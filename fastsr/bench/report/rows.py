@@ -20,6 +20,13 @@ def is_plain(row: Row) -> bool:
     return row["runner"].startswith("eager") or row["runner"].split(",")[0] == "reference"
 
 
+def is_timed(row: Row) -> bool:
+    """Has samples: rounds, each a list of seconds, one of them at least not empty."""
+    rounds = row.get("samples")
+    good = isinstance(rounds, list) and all(isinstance(r, list) and all(isinstance(s, (int, float)) for s in r) for r in rounds)
+    return good and any(rounds or [])
+
+
 def is_first(row: Row) -> bool:
     """Timed in the first of its case's modes: fresh inputs and small pages, on a GPU a cold cache."""
     return "seconds" in row and row["mode"] == ("cold" if row["device"] == "cuda" else "wall")
