@@ -1,7 +1,8 @@
-"""The cases themselves: every runner gets weights in the layout that its name says, searches are judged by clear choices, work is counted alike."""
+"""The cases: every runner has weights in the layout that its name says, searches are judged by clear choices, work is counted alike."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_depths_begin_at_ten_and_end_above_eight_hundred() -> None:
     assert found == sorted(set(found))
     assert found[0] <= 10
     assert found[-1] > 800
-    assert all(math.log2(b / a) < 1.5 for a, b in zip(found, found[1:], strict=False))
+    assert all(math.log2(b / a) < 1.5 for a, b in itertools.pairwise(found))
 
 
 def test_element_sizes() -> None:
