@@ -1,7 +1,7 @@
 """Channel attention and skip as RCAN has it (64 channels squeezed by 16), at the sizes of inference and of training.
 
 Forward also runs into a buffer that is given, as networks have it: a fresh large output costs more page faults than arithmetic
-(`--huge-pages` shows how much). Forward and backward give the gradients of x and of the four parameters, without the skip.
+(`--pages` shows how much). Forward and backward give the gradients of x and of the four parameters, without the skip.
 """
 
 from __future__ import annotations
