@@ -2,8 +2,8 @@
 its ten groups, which are alike (the whole would take a minute for the answer in float64 alone).
 
 All runners have the same weights; the answer of each is compared with the eager network in float64, as `fastsr.bench.gate` says. A
-training step computes all gradients and is judged by the output, the picture's gradient, and those of the first and of the last but
-one convolution.
+training step is forward, loss, backward and Adam; it is judged by the output and the gradients of the first and of the last but one
+convolution.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
     finish = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
     with torch.device("meta"):
         network = plain()
-    direction = "forward+backward" if backward else "forward"
+    direction = "training step" if backward else "forward"
     flops = n * eager.conv_flops(network, h, w) * (3 if backward else 1)
     element = torch.finfo(DTYPES[dtype]).bits // 8
     return Case(

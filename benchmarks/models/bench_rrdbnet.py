@@ -3,8 +3,8 @@ anime network; and a training step on batches of patches with 3 blocks, which ar
 in float64 alone).
 
 All runners have the same weights; the answer of each is compared with the eager network in float64, as `fastsr.bench.gate` says. A
-training step computes all gradients and is judged by the output, the picture's gradient, and those of the first and of the last but
-one convolution.
+training step is forward, loss, backward and Adam; it is judged by the output and the gradients of the first and of the last but one
+convolution.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _case(options: Options, dtype: str, image: tuple[int, int, int], blocks: int
     finish = builders.training_step(("conv_first.weight", "conv_hr.weight")) if backward else None
     with torch.device("meta"):
         network = plain()
-    direction = "forward+backward" if backward else "forward"
+    direction = "training step" if backward else "forward"
     depth = "" if blocks == 23 else f"{blocks} blocks "
     flops = n * eager.conv_flops(network, h, w) * (3 if backward else 1)
     element = torch.finfo(DTYPES[dtype]).bits // 8

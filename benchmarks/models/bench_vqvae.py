@@ -79,7 +79,7 @@ def _case(options: Options, name: str, image: tuple[int, int, int], backward: bo
     values = 2 * 3 * n * h * w + parameters + codebooks
     if backward:
         values += parameters + 2 * codebooks  # gradients; moving averages are read, and new codes written
-    direction = "forward+backward" if backward else "forward"
+    direction = "training step" if backward else "forward"
     return Case(
         suite="models",
         subject=name,
@@ -124,14 +124,15 @@ def _training_step(made: Network, network: nn.Module, forward: Callable[[Tensor]
     parameters = dict(network.named_parameters())
     buffers = dict(network.named_buffers())
     first = {name: tensor.clone() for name, tensor in buffers.items()}
+    update = builders.optimiser(network)
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         for name, tensor in buffers.items():  # 0.3 MB: every call takes the same step
             tensor.copy_(first[name])
         out = forward(x)
-        found = torch.autograd.grad(out.loss, list(parameters.values()))
-        gradients = dict(zip(parameters, found, strict=True))
+        update(out.loss)
         codebooks = (buffers[f"{level}.codebook"].clone() for level in made.levels)
-        return (out.reconstruction.detach(), out.loss.detach(), *codebooks, *(gradients[name] for name in made.trained))
+        gradients = (builders.gradient_of(parameters[name]) for name in made.trained)
+        return (out.reconstruction.detach(), out.loss.detach(), *codebooks, *gradients)
 
     return call
