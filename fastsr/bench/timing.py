@@ -19,9 +19,11 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastsr.bench.case import Call, Inputs
@@ -49,17 +51,25 @@ def modes(device: str, moved: float) -> tuple[str, ...]:
 def wall(call: Call, sets: Sequence[Inputs], iterations: int, renew: Renew, cold: bool = False) -> list[float]:
     """Time `iterations` calls that go round the input sets; releasing the answer is not timed."""
     samples = []
-    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
-    for i in range(iterations):
-        inputs = sets[i % len(sets)]
-        if flush is not None:
-            flush.sum()
-        start = time.perf_counter()
-        answer = call(*inputs)
-        samples.append(time.perf_counter() - start)
-        del answer
-        renew(inputs)
+    with _flusher() if cold else contextlib.nullcontext(lambda: None) as flush:
+        for i in range(iterations):
+            inputs = sets[i % len(sets)]
+            flush()
+            start = time.perf_counter()
+            answer = call(*inputs)
+            samples.append(time.perf_counter() - start)
+            del answer
+            renew(inputs)
     return samples
+
+
+@contextlib.contextmanager
+def _flusher() -> Iterator[Callable[[], None]]:
+    """Reads other memory on every core; by threads that sleep in between, where torch's would go on spinning."""
+    threads = torch.get_num_threads()
+    parts = np.ones((threads, FLUSH_BYTES // threads // 8))
+    with ThreadPoolExecutor(threads) as pool:
+        yield lambda: [*pool.map(np.sum, parts)].clear()
 
 
 def events(call: Call, sets: Sequence[Inputs], iterations: int, renew: Renew, cold: bool, cuda: Any = torch.cuda) -> list[float]:

@@ -36,19 +36,28 @@ class Fresh:
     """New numbers for any set at the price of a copy: the drawn ones, each time shifted cyclically by another amount.
 
     Images move along height and width, rows among themselves: both stay what they were drawn as. No shift comes twice before all
-    have come, and they jump, so that neighbours have little in common.
+    have come, and they jump, so that neighbours have little in common. On a CPU numpy copies, in this thread alone: torch's own
+    threads would go on spinning for milliseconds, and hold up runners that have other threads.
     """
 
     def __init__(self, drawn: Inputs) -> None:
-        self._drawn, self._count = drawn, 0
+        self._drawn, self._count = [_raw(t) for t in drawn], 0
 
     def renew(self, *sets: Inputs) -> None:
         """Put new numbers into the tensors of each set."""
         for inputs in sets:
             self._count += 1
-            for mine, drawn in zip(inputs, self._drawn, strict=True):
-                dims = (2, 3) if mine.dim() == 4 else (0,)[: mine.dim()]
+            torch.autograd.graph.increment_version(inputs)  # numpy's writing is not seen otherwise
+            for mine, drawn in zip(map(_raw, inputs), self._drawn, strict=True):
+                dims = (2, 3) if mine.ndim == 4 else (0,)[: mine.ndim]
                 shift_into(mine, drawn, list(zip(dims, shift([mine.shape[d] for d in dims], self._count), strict=True)))
+
+
+def _raw(t: Tensor) -> Any:
+    """The same memory as an array of numpy's, which has no bfloat16; of a GPU as it is."""
+    if t.device.type != "cpu":
+        return t
+    return (t.view(torch.int16) if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
 
 def shift(sizes: list[int], number: int) -> list[int]:
@@ -62,15 +71,16 @@ def shift(sizes: list[int], number: int) -> list[int]:
     return found[::-1]
 
 
-def shift_into(to: Tensor, source: Tensor, shifts: list[tuple[int, int]]) -> None:
-    """`to` = torch.roll(source, ...) by (dimension, amount), without a temporary that would change what the allocator has."""
+def shift_into(to: Any, source: Any, shifts: list[tuple[int, int]]) -> None:
+    """`to` = source rolled by (dimension, amount), tensors or arrays, without a temporary that would change what the allocator has."""
     if not shifts:
-        to.copy_(source)
+        to[...] = source
         return
     (dim, by), *rest = shifts
     kept = source.shape[dim] - by
     for start, first, length in ((by, 0, kept), (0, kept, by)):
-        shift_into(to.narrow(dim, start, length), source.narrow(dim, first, length), rest)
+        place, origin = ((slice(None),) * dim + (slice(begin, begin + length),) for begin in (start, first))
+        shift_into(to[place], source[origin], rest)
 
 
 class Worker:
