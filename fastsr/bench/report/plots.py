@@ -71,17 +71,22 @@ def _log_log(axes: Any) -> None:
 
 
 def _ratios(runs: Runs) -> bytes | None:
-    """For every case of every run, how many times faster than eager channels-last: ours, and the best of the others."""
+    """For every case of every run, how many times faster than eager channels-last: ours, and the best of the others. The points of
+    curves have plots of their own, unless there is nothing else."""
+    curves = all(row["suite"] == "scaling" for run in runs.values() for row in run["results"])
     bars = []
     for name, run in runs.items():
         for key, group in groups(run["results"]).items():
             mine, rival = ours(group), best_rival(group)
+            if group[0]["suite"] == "scaling" and not curves:
+                continue
             if mine is not None and mine.get("speedup") and rival is not None and rival.get("speedup"):
                 label = title(*key) + (f" [{name}]" if len(runs) > 1 else "")
                 bars.append((label, mine["speedup"], rival["speedup"], rival["runner"]))
     if not bars:
         return None
     # Of too many the least favourable are shown.
+    heading = f"the {MOST_BARS} least favourable of {len(bars)} measurements" if len(bars) > MOST_BARS else ""
     bars = sorted(bars, key=lambda bar: bar[1] / bar[2])[:MOST_BARS]
     figure = _figure(9, 1.2 + 0.42 * len(bars))
     axes = figure.add_subplot()
@@ -96,7 +101,8 @@ def _ratios(runs: Runs) -> bytes | None:
     if max(bar[1] for bar in bars) > WIDE_RATIO:
         axes.set_xscale("symlog", linthresh=2, linscale=2)
         axes.set_xticks(ticks := [0, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
-    axes.margins(x=0.15)
+    axes.set_title(heading, fontsize=9)
+    axes.margins(x=0.15, y=0.01)
     axes.legend(fontsize=8, loc="lower right")
     return _png(figure)
 
