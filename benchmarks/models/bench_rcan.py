@@ -43,9 +43,8 @@ def case(options: Options, dtype: str, image: tuple[int, int, int], groups: int,
         return (x, torch.randn(n, 3, 4 * h, 4 * w, generator=generator)) if backward else (x,)
 
     plain = functools.partial(eager.RCAN, num_group=groups, num_block=blocks)
-    ours = functools.partial(
-        RCAN, 3, 3, num_group=groups, num_block=blocks, img_range=1.0, rgb_mean=(0.0,)
-    )  # the plain network has neither
+    # The plain network has neither a range nor a mean.
+    ours = functools.partial(RCAN, 3, 3, num_group=groups, num_block=blocks, img_range=1.0, rgb_mean=(0.0,))
     lean = functools.partial(ours, save="input") if backward else None
     finish = builders.training_step(("conv_first.weight", "upsample.2.weight")) if backward else None
     with torch.device("meta"):

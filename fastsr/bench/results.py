@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsr.atomic import atomic_file
+from fastsr.atomic import atomic_file, check_replaceable
 from fastsr.bench.case import BASELINE
 
 #: The version of the JSON's layout.
@@ -50,8 +50,9 @@ class Target:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        if not path or (self.path.exists() and not self.path.is_file()):
-            raise OSError(f"--json is {path!r}; expected a new name or a file to replace")
+        if not path:
+            raise OSError("--json is ''; expected a new name or a file to replace")
+        check_replaceable(self.path)
         self.partial = partial_of(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path.parent, os.W_OK | os.X_OK):

@@ -140,7 +140,7 @@ def test_errors_and_missing_peers_are_told_apart(rows: dict[str, dict]) -> None:
     assert rows["missing"]["reason"] == "the peer is not installed"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pages are a CPU's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: pages are asked for on a CPU")
 def test_every_runner_is_measured_with_small_and_with_huge_pages() -> None:
     """The fake "small pages" is wrong where its process may ask for huge ones; who was wrong with small ones is not asked again."""
     case = suite.cases(FAKES, suite.Options())[0]
@@ -206,7 +206,7 @@ def test_an_interrupted_run_keeps_its_finished_cases_and_leaves_nobody_behind(tm
     assert not list(folder.iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose signal this is")
 def test_workers_end_with_whoever_started_them() -> None:
     """A driver that is killed while a worker is busy leaves nobody behind."""
     script = (

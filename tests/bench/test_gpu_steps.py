@@ -84,7 +84,7 @@ def load_gpu() -> object:
     return module
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so_and_leaves_no_file(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     before = set((ROOT / "benchmarks" / "results").glob("*"))
@@ -131,7 +131,7 @@ def test_every_step_names_files_that_exist_and_a_distinct_name() -> None:
     assert {f"sanitizer {tool}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")} <= set(names)
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc of the CUDA toolkit")
 @pytest.mark.parametrize("probe", ["device_limits", "wgmma", "conv_wgmma", "search_bound"])
 def test_probes_compile_for_hopper_without_spills(tmp_path: Path, probe: str) -> None:
     source = ROOT / "benchmarks" / "native" / f"{probe}.cu"

@@ -133,7 +133,7 @@ def test_readme_shows_the_newest_run_and_says_what_is_lost() -> None:
 
 
 def test_curves_and_wide_ratios_are_drawn() -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib")
     run = a_run(auto=0.001, **{"eager channels-last": 0.02})
     for row in run["results"]:
         row["sizes"] = {"axis": "k", "k": 64}
@@ -152,7 +152,7 @@ def test_the_html_page_stands_alone_and_escapes() -> None:
 
 
 def test_the_committed_results_make_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib")
     files = sorted(RESULTS.glob("cpu-*.json"))
     baseline = str(files[0])
     assert main(["bench", "report", *map(str, files), "--out", str(tmp_path / "out"), "--baseline", baseline]) == 0

@@ -43,7 +43,7 @@ def test_rcan(dtype, save, limit, runner):
         assert 0.5 * limit < saved_per_pixel(model, dtype) <= limit
 
 
-@pytest.mark.skipif(not RCAN_RUNNERS, reason="the fused block cannot run here")
+@pytest.mark.skipif(not RCAN_RUNNERS, reason="needs the native library, or Triton with a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peaks_of_rcan(dtype):
     """Bytes for each LR pixel at the peak of a step; predicted, which another test holds to what is measured."""

@@ -219,7 +219,7 @@ def test_results_are_fresh_and_stay_as_they_are(backend, options):
     assert len({t.untyped_storage().data_ptr() for t in (first, second, a)}) == 3
 
 
-@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the compiled block")
+@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the native library")
 @pytest.mark.parametrize("features", [16, 64])
 @pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (2, 1), (4, 3)])
 def test_inference_holds_its_buffers_and_the_vectors_of_one_block(features, groups, blocks):
@@ -236,7 +236,7 @@ def test_inference_holds_its_buffers_and_the_vectors_of_one_block(features, grou
     assert max(tail.peaks().values()) <= pixels * (ours.tail_values + 3 * ours.tail_scale**2)
 
 
-@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the compiled block")
+@pytest.mark.skipif("compiled" not in RUNNERS, reason="needs the native library")
 def test_inference_runs_no_convolution_of_its_own():
     ours, _ = pair(torch.float32)
     ours.backend = "compiled"

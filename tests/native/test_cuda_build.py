@@ -93,7 +93,7 @@ def assembled(folder: Path, text: str, arch: str, kernels: int) -> str:
     """The PTX of `text`, which must assemble for an architecture without spills or any other remark of ptxas."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no nvcc")
+        pytest.skip("needs nvcc of the CUDA toolkit")
     source = folder / "blocks.cu"
     source.write_text(text)
     virtual = arch.replace("sm", "compute")

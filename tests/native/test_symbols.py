@@ -26,7 +26,7 @@ def undefined() -> dict[str, str]:
         pytest.skip(f"the native library is missing: {_native.missing}")
     nm = shutil.which("nm")
     if nm is None:
-        pytest.skip("no nm")
+        pytest.skip("needs nm of the package binutils")
     text = subprocess.run([nm, "-D", "--undefined-only", str(_native.PATH)], capture_output=True, text=True, check=True).stdout
     return {line.split()[-1]: line.split()[-2] for line in text.splitlines()}
 
@@ -48,7 +48,7 @@ def test_no_cuda_runtime_is_needed_and_libtorch_is():
     """The CUDA runtime is linked in; a weak symbol resolves only through libtorch.so itself."""
     readelf = shutil.which("readelf")
     if readelf is None or _native.missing:
-        pytest.skip("no readelf" if readelf is None else f"the native library is missing: {_native.missing}")
+        pytest.skip("needs readelf of the package binutils" if readelf is None else f"the native library is missing: {_native.missing}")
     text = subprocess.run([readelf, "-d", str(_native.PATH)], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", text)
     assert "libtorch.so" in needed

@@ -161,7 +161,7 @@ def test_no_weight_is_cast(name, runner: Runner):
     assert found == ((0, 2) if name == "conv3x3" else (0, 0))
 
 
-@pytest.mark.skipif(not available_backends("dense_block"), reason="no fused backend here")
+@pytest.mark.skipif(not available_backends("dense_block"), reason="needs the native library, or Triton with a GPU")
 def test_no_weight_of_a_blocks_trunk_is_cast():
     blocks = nn.RRDB(num_feat=8, num_grow_ch=4), nn.RCAB(num_feat=8, squeeze_factor=4)
     for block in blocks:

@@ -71,7 +71,7 @@ def test_fused_networks_agree(network):
 
 def test_published_weights(torchvision_imports, tmp_path):
     """Real weights that a package ships, in spandrel's network, on a photograph's scale of values."""
-    spandrel = pytest.importorskip("spandrel", reason="`make peers` installs it and runs this")
+    spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed; `make peers` installs it and runs this")
     if KNOWN["realesrgan-x4plus-anime"].path() is None:
         pytest.skip(f"the weights are not installed: {KNOWN['realesrgan-x4plus-anime'].remedy}")
     fastsr.save(fastsr.load("realesrgan-x4plus-anime"), tmp_path / "model.pth", "basicsr")

@@ -24,7 +24,8 @@ VQP = {
 
 
 def pair(options):
-    package = pytest.importorskip("vector_quantize_pytorch", reason="`make peers` installs it and runs this")
+    why_not = "vector-quantize-pytorch is not installed; `make peers` installs it and runs this"
+    package = pytest.importorskip("vector_quantize_pytorch", reason=why_not)
     torch.manual_seed(0)
     theirs = package.VectorQuantize(dim=6, codebook_size=16, decay=0.9, **options)
     with torch.no_grad():

@@ -38,10 +38,10 @@ def compiler() -> str:
     """g++; without it, Python.h or pybind11 the test is skipped."""
     found = shutil.which("g++")
     if found is None:
-        pytest.skip("no g++")
+        pytest.skip("needs the package g++")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        pytest.skip("no Python.h (python3-dev)")
-    pytest.importorskip("pybind11")
+        pytest.skip("needs Python.h (python3-dev)")
+    pytest.importorskip("pybind11", reason="needs the package pybind11")
     return found
 
 
@@ -108,7 +108,7 @@ def run_alone(name: str, script: str, sanitizer: tuple[str, ...]) -> subprocess.
     if sanitizer is ADDRESS:
         runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
         if not Path(runtime).is_absolute():
-            pytest.skip("no libasan.so")
+            pytest.skip("needs libasan.so, which comes with gcc")
         # Python's own allocator would hide overruns of small buffers; what the interpreter keeps until its end is no leak.
         env |= {"LD_PRELOAD": runtime, "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([sys.executable, "-c", head + script], env=env, capture_output=True, text=True, check=False)

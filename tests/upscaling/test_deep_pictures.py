@@ -126,7 +126,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_interlaced_and_foreign_compression_fall_back_with_a_warning(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
+    tifffile = pytest.importorskip("tifffile", reason="needs the package tifffile")
     data = bytearray(filtered_png(smooth(3, 3, 3), [0]))
     data[28] = 1
     assert not png16.matches(bytes(data[:29]))
