@@ -37,7 +37,7 @@ class Fresh:
 
     Images move along height and width, rows among themselves: both stay what they were drawn as. No shift comes twice before all
     have come, and they jump, so that neighbours have little in common. On a CPU numpy copies, in this thread alone: torch's own
-    threads would go on spinning for milliseconds, and hold up runners that have other threads.
+    threads would go on spinning, and hold up runners that have other threads.
     """
 
     def __init__(self, drawn: Inputs) -> None:
